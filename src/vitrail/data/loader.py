@@ -1,0 +1,241 @@
+"""From a source to batches, in an order that is a pure function of (seed, step).
+
+Training reads one endless stream: a permutation of the source for epoch 0, another for epoch 1, and so on, cut into full
+batches that may cross from one epoch into the next. So each epoch holds every sample exactly once whatever the batch size
+and the number of processes, and a run can begin at any step. Rows past the end of the stream are marked as not valid.
+
+Processes take every count-th row of each global batch; the union of their rows is what one process would have read.
+"""
+
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from vitrail.core import ranks
+from vitrail.core.device import memory, mix
+from vitrail.core.errors import UserError
+from vitrail.core.types import Batch, Labels, Source
+from vitrail.data.transforms import Transform
+
+Key = tuple[int, int]
+"""(epoch, index into the source); index -1 is a row that only fills the batch up."""
+
+FILL: Key = (0, -1)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which samples make up each global batch.
+
+    count: samples in the source. batch: rows of a global batch. samples: length of the stream (epochs x count).
+    shuffle: a new permutation each epoch, else the source's own order.
+    weights: (count,) probabilities to draw with, with replacement, in place of a permutation (`--balance`).
+    """
+
+    count: int
+    batch: int
+    samples: int
+    seed: int = 0
+    shuffle: bool = True
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def steps(self) -> int:
+        return -(-self.samples // self.batch)
+
+    def keys(self, step: int) -> list[Key]:
+        first = step * self.batch
+        places = range(first, min(first + self.batch, self.samples))
+        keys = [(place // self.count, int(self._epoch(place // self.count)[place % self.count])) for place in places]
+        return keys + [FILL] * (self.batch - len(keys))
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        return _indices(self, epoch)
+
+
+@lru_cache(maxsize=4)
+def _indices(order: Order, epoch: int) -> np.ndarray:
+    if not order.shuffle:
+        return np.arange(order.count)
+    random = np.random.default_rng(mix("order", order.seed, epoch))
+    if order.weights is not None:
+        return random.choice(order.count, order.count, p=np.asarray(order.weights))
+    return random.permutation(order.count)
+
+
+def balanced(labels: np.ndarray) -> tuple[float, ...]:
+    """Probabilities under which every class is drawn equally often."""
+    counts = np.bincount(labels)
+    weights = 1 / counts[labels]
+    return tuple((weights / weights.sum()).tolist())
+
+
+@dataclass(frozen=True)
+class _Row:
+    pixels: np.ndarray
+    label: int
+    index: int
+    problem: str | None = None
+
+
+@dataclass
+class _Pictures:
+    """What a data worker holds: the source, and how to prepare a picture for the batch."""
+
+    source: Source
+    transform: Transform
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> _Row:
+        epoch, index = key
+        if index < 0:
+            return _Row(self._blank(), 0, -1)
+        try:
+            sample = self.source[index]
+            random = np.random.default_rng(mix("picture", self.seed, epoch, index)) if self.transform.random else None
+            return _Row(self.transform(sample.picture, random, sample.name), sample.label, index)
+        except UserError as error:
+            # Left out of this batch and counted; one bad picture must not end a night's training.
+            return _Row(self._blank(), 0, index, str(error))
+
+    def _blank(self) -> np.ndarray:
+        preprocess = self.transform.preprocess
+        return np.zeros((preprocess.channels, *preprocess.size), np.uint8)
+
+
+def _collate(rows: list[_Row]) -> tuple[Batch, dict[int, str]]:
+    labels = torch.tensor([row.label for row in rows], dtype=torch.int64)
+    valid = torch.tensor([row.index >= 0 and row.problem is None for row in rows])
+    known = bool((labels[valid] >= 0).all())
+    batch = Batch(
+        views=(torch.from_numpy(np.stack([row.pixels for row in rows])),),
+        targets=Labels(labels) if known else None,
+        valid=valid,
+        index=torch.tensor([row.index for row in rows], dtype=torch.int64),
+    )
+    return batch, {row.index: row.problem for row in rows if row.problem is not None}
+
+
+StartMethod = Literal["fork", "spawn", "forkserver"]
+
+
+@dataclass
+class PictureLoader:
+    """This process's share of an `Order`, as batches of uint8 pixels.
+
+    workers: processes that decode beside the training; 0 decodes in this one.
+    hold: keep all prepared pixels in memory, where the transform draws nothing at random and they take at most a quarter
+        of what is free. Small pictures then cost nothing after the first pass.
+    strict: the first unreadable picture is an error.
+    problems: index -> why it could not be read, filled as pictures are met.
+    """
+
+    source: Source
+    transform: Transform
+    order: Order
+    workers: int = 0
+    hold: bool = False
+    strict: bool = False
+    start_method: StartMethod | None = None
+    problems: dict[int, str] = field(default_factory=dict)
+    _held: torch.Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.order.batch % ranks.count():
+            raise UserError(
+                f"--batch {self.order.batch} cannot be shared by {ranks.count()} processes; give a multiple of that."
+            )
+        preprocess = self.transform.preprocess
+        size = len(self.source) * preprocess.channels * preprocess.size[0] * preprocess.size[1]
+        self.hold = self.hold and not self.transform.random and size <= memory() // 4
+
+    def __len__(self) -> int:
+        return self.order.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """The batches of steps `start`, `start` + 1, ... to the end of the stream."""
+        keys = (self._share(step) for step in range(start, self.order.steps))
+        if not self.hold:
+            yield from self._read(keys, self.workers)
+            return
+        if self._held is None:
+            self._fill()
+        for rows in keys:
+            yield self._recall(rows)
+
+    def at(self, step: int) -> Batch:
+        """The batch of one step, made again."""
+        return next(self._read(iter([self._share(step)]), workers=0))
+
+    def _share(self, step: int) -> list[Key]:
+        return self.order.keys(step)[ranks.rank() :: ranks.count()]
+
+    def _read(self, keys: Iterator[list[Key]], workers: int) -> Iterator[Batch]:
+        method = self.start_method or ("fork" if sys.platform == "linux" else "spawn")
+        loader: DataLoader[Any] = DataLoader(
+            _Pictures(self.source, self.transform, self.order.seed),  # type: ignore[arg-type]
+            batch_sampler=keys,
+            num_workers=workers,
+            collate_fn=_collate,
+            multiprocessing_context=multiprocessing.get_context(method) if workers else None,
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),  # else the loader takes its base seed from the global generator
+        )
+        batches = iter(loader)
+        while True:
+            try:
+                batch, problems = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    "A data worker died (most often the machine ran out of memory); give a smaller --workers and "
+                    "continue with --resume."
+                ) from error
+            self._note(problems)
+            yield batch
+
+    def _note(self, problems: dict[int, str]) -> None:
+        new = {index: problem for index, problem in problems.items() if index not in self.problems}
+        if new and self.strict:
+            raise UserError(next(iter(new.values())) + " (--strict ends at the first such picture.)")
+        for problem in new.values():
+            print(f"left out: {problem}", file=sys.stderr, flush=True)
+        self.problems.update(new)
+
+    def _fill(self) -> None:
+        """Reads every picture once, in the source's order."""
+        count, size = len(self.source), 256
+        everything = Order(count, size, count, shuffle=False)
+        preprocess = self.transform.preprocess
+        held = torch.zeros((count, preprocess.channels, *preprocess.size), dtype=torch.uint8)
+        for batch in self._read((everything.keys(step) for step in range(everything.steps)), self.workers):
+            held[batch.index[batch.valid]] = batch.views[0][batch.valid]
+        self._held = held
+
+    def _recall(self, keys: list[Key]) -> Batch:
+        assert self._held is not None
+        index = torch.tensor([index for _, index in keys])
+        readable = [key >= 0 and key not in self.problems for key in index.tolist()]
+        labels = torch.from_numpy(np.where(index >= 0, self.source.labels[index], 0))
+        return Batch(
+            views=(self._held[index],),
+            targets=Labels(labels) if bool((labels >= 0).all()) else None,
+            valid=torch.tensor(readable),
+            index=index,
+        )
