@@ -1,0 +1,77 @@
+"""The command line: a table of verbs, each imported when it is used. Nothing here imports torch."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import get_type_hints
+
+VERBS = {
+    "train": ("vitrail.commands.train:train", "train a model from random weights on your pictures"),
+    "finetune": ("vitrail.commands.train:finetune", "train on from a checkpoint, on your pictures and classes"),
+    "run": ("vitrail.commands.train:run_file", "carry out a recipe of your own, a Python file"),
+    "predict": ("vitrail.commands.predict:run", "what a model sees in pictures"),
+    "evaluate": ("vitrail.commands.evaluate:run", "how often a model is right on labelled pictures"),
+    "models": ("vitrail.commands.models:run", "the models by name, with their parameters and costs"),
+    "bench": ("vitrail.commands.bench:run", "measure this machine: bench data"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb. Exit codes: 0, what the verb says, or 2 after one sentence on what a person has to mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"vitrail {version('vitrail')}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.0)[0]
+        return _refuse(f"{verb!r} is not a verb of vitrail; the nearest is {near!r} (vitrail --help lists all).")
+    from vitrail.core.errors import UserError
+
+    try:
+        return _call(verb, rest)
+    except UserError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; what is left must not be written into the broken pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _call(verb: str, rest: list[str]) -> int:
+    module, name = VERBS[verb][0].split(":")
+    function = getattr(importlib.import_module(module), name)
+    kind = next(iter(get_type_hints(function).values()))
+    if kind == list[str]:
+        return int(function(rest))
+    from vitrail.commands.flags import parse
+
+    return int(function(parse(kind, rest, verb, description=(function.__doc__ or "").strip())))
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:<10} {line}" for verb, (_, line) in VERBS.items())
+    return (
+        "usage: vitrail VERB [...]\n\nVision Transformers from your pictures, and a look inside.\n\n"
+        f"{verbs}\n\nvitrail VERB --help lists a verb's flags; vitrail --version says which this is."
+    )
+
+
+def _refuse(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""`vitrail evaluate W --data D`: exact measurements of a classifier on labelled pictures.
+
+The data may list their classes in another order than the model's, and lack some: they are matched by name.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vitrail.commands.predict import printable
+from vitrail.core.device import Precision, cores, pick_device
+from vitrail.core.errors import UserError
+from vitrail.core.runs import read_json
+from vitrail.core.types import Sample, Source
+from vitrail.data import splits
+from vitrail.data.loader import Order, PictureLoader
+from vitrail.data.sources import listed, subset
+from vitrail.data.transforms import Transform
+from vitrail.evaluation.metrics import ClassResult, Tally, evaluate, spoken
+from vitrail.weights.native import load
+
+Split = Literal["", "test", "validation", "train"]
+MOST_CLASSES = 60
+"""The most classes that are listed on a terminal, and whose confusion matrix is part of the JSON."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Top-1, top-5, per class, calibration: with 95 % intervals and the exact count."""
+
+    weights: tyro.conf.Positional[Path]
+    """A run's folder, or a .safetensors file that vitrail wrote."""
+    data: str
+    """A folder, a CSV, JSON or parquet file, hub:NAME or sample:NAME, as for training."""
+    split: Split = ""
+    """Which part of the data; none: test, else validation (their own, or what the run held out), else all."""
+    json: bool = False
+    """Print everything as one JSON object."""
+    batch: int = 128
+    """Pictures looked at together; no result depends on it."""
+    workers: int = -1
+    """Processes that decode pictures; -1: one a core."""
+    device: str = ""
+    """cpu, cuda, cuda:1, mps; none: the fastest there is."""
+    precision: Precision = "fp32"
+    """Of matrix products; bf16 is faster on most GPUs and changes probabilities in the third digit."""
+
+
+def run(settings: Settings) -> int:
+    if settings.batch < 1:
+        raise UserError(f"--batch is {settings.batch}; give at least 1.")
+    device = pick_device(settings.device or None)
+    model = load(settings.weights).to(device)
+    found, what, notes = choose(settings.data, settings.split, settings.weights)
+    names = model.labels or found.classes
+    source = relabel(found, names, model.config.classes, settings.data)
+    console = Console(stderr=True, soft_wrap=True)
+    for note in notes:
+        console.print(Text(note))
+    loader = PictureLoader(
+        source,
+        Transform(model.preprocess),
+        Order(len(source), min(settings.batch, len(source)), len(source), shuffle=False),
+        workers=settings.workers if settings.workers >= 0 else cores(),
+    )
+    tally = evaluate(
+        model,
+        loader,
+        model.config.classes,
+        device=device,
+        precision=settings.precision,
+        progress=True,
+        source=source,
+    )
+    if len(loader.problems) == len(source):
+        raise UserError(f"None of the {len(source)} pictures of {settings.data} could be read; check the files.")
+    rows = tally.rows(expected_count=len(source) - len(loader.problems))
+    if settings.json:
+        result = {
+            "weights": str(settings.weights),
+            "data": settings.data,
+            "split": what,
+            "fingerprint": found.fingerprint,
+            "count": tally.count,
+            "unreadable": [
+                {"name": printable(source[i].name), "reason": printable(why)}
+                for i, why in sorted(loader.problems.items())
+            ],
+            "rows": [asdict(row) for row in rows],
+            **details(tally, names, source),
+        }
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+        return 0
+    out = Console(highlight=False)
+    out.print(Text(f"{settings.weights} on {settings.data}, {what}: {tally.count:,} pictures", "bold"), soft_wrap=True)
+    for row in rows:
+        out.print(f"  {row.name:<24}{spoken(row)}", markup=False, soft_wrap=True)
+    out.print(f"  {'unreadable':<24}{len(loader.problems)} of {len(source):,}")
+    out.print(table(tally, names))
+    return 0
+
+
+def choose(data: str, split: Split, weights: Path) -> tuple[Source, str, tuple[str, ...]]:
+    """The pictures to measure on, what they are called, and notes. Raises UserError where the data lack that split."""
+    found, notes = splits.read(data)
+    record = (weights if weights.is_dir() else weights.parent) / "split.json"
+    if "validation" not in found and record.exists():
+        made = read_json(record)
+        # Where these are the run's own pictures, the model has learnt from all but the ones it held out.
+        if made.get("fingerprint") == found["train"].fingerprint:
+            held, _ = splits.recall(record, found["train"], made["validation"])
+            parts = {"train": np.flatnonzero(~held), "validation": np.flatnonzero(held)}
+            found = {**found, **{name: subset(found["train"], part) for name, part in parts.items() if part.size}}
+            if not split and "test" not in found and "validation" in found:
+                return found["validation"], "validation (held out by the run)", notes
+    if split:
+        if split not in found:
+            raise UserError(f"{data} has no {split} pictures; it has {listed(found)}: give --split one of these.")
+        return found[split], split, notes
+    for name in ("test", "validation"):
+        if name in found:
+            return found[name], name, notes
+    return found["train"], "all pictures", notes
+
+
+@dataclass(frozen=True)
+class Relabelled:
+    """A source under the names that a model uses."""
+
+    source: Source
+    classes: tuple[str, ...]
+    labels: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(self.source[index], label=int(self.labels[index]))
+
+
+def relabel(source: Source, names: tuple[str, ...], classes: int, data: str) -> Relabelled:
+    """Raises UserError on pictures without a label, and on classes that the model does not know."""
+    labels = np.asarray(source.labels)
+    if (labels < 0).any():
+        first = source[int(np.flatnonzero(labels < 0)[0])].name
+        raise UserError(
+            f"{int((labels < 0).sum())} pictures of {data} have no label ({first}); evaluate needs one for each."
+        )
+    if len(names) != classes:
+        raise UserError(
+            f"The checkpoint names none of its {classes} classes and {data} has {len(names)}; give data "
+            "with the classes that it was trained on, in that order."
+        )
+    place = {name: number for number, name in enumerate(names)}
+    present = [source.classes[label] for label in np.unique(labels)]
+    if unknown := [name for name in present if name not in place]:
+        raise UserError(
+            f"{data} has classes that the checkpoint does not know ({listed(unknown)}); it knows {listed(names)}: "
+            "rename them, leave them out, or finetune on these data."
+        )
+    translation = np.array([place.get(name, -1) for name in source.classes], np.int64)
+    return Relabelled(source, names, translation[labels])
+
+
+def details(tally: Tally, names: tuple[str, ...], source: Source) -> dict[str, Any]:
+    """All that has no place in a row, for the JSON."""
+    return {
+        "classes": list(names),
+        "per_class": [{"class": names[c.label], **asdict(c)} for c in tally.per_class],
+        "calibration": [asdict(b) for b in tally.calibration()],
+        "confusion": tally.confusion.tolist() if len(names) <= MOST_CLASSES else None,
+        "worst_mistakes": [
+            {
+                "picture": printable(source[m.index].name),
+                "true": names[m.true],
+                "predicted": names[m.predicted],
+                "probability": m.probability,
+                "probability_of_true": m.probability_of_true,
+            }
+            for m in tally.worst(20)
+        ],
+    }
+
+
+def table(tally: Tally, names: tuple[str, ...]) -> Table:
+    """A line a class that has pictures; of many classes, those with the lowest recall."""
+    present = [c for c in tally.per_class if c.recall is not None]
+    title = None
+    if len(present) > MOST_CLASSES:
+        title = f"the {MOST_CLASSES} classes with the lowest recall of {len(present)} (all of them with --json)"
+        present = sorted(present, key=lambda c: (c.recall or 0, c.label))[:MOST_CLASSES]
+    shown = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    shown.add_column("class", overflow="fold")
+    for heading in ("pictures", "recall %", "95 %", "precision %", "F1 %"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for c in present:
+        shown.add_row(Text(names[c.label]), f"{c.count:,}", *line(c))
+    return shown
+
+
+def line(result: ClassResult) -> tuple[str, str, str, str]:
+    """Recall, its interval, precision and F1 in per cent; "-" for what is not defined."""
+
+    def said(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    return said(result.recall), f"{said(result.low)}-{said(result.high)}", said(result.precision), said(result.f1)

@@ -1,0 +1,97 @@
+"""Flags to settings, by tyro; every mistake comes back as one sentence in place of its boxes."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+
+from vitrail.core.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], arguments: Sequence[str], verb: str, default: T | None = None, description: str = "") -> T:
+    """The settings that `arguments` ask for, on top of `default`.
+
+    kind: a frozen dataclass, possibly of frozen dataclasses; every field is one flat flag. Raises UserError on a flag that
+    is not known (naming the nearest), a value that does not fit, a missing one. `--help` prints and ends the process.
+    """
+    known = set(_flags(kind))
+    for argument in arguments:
+        flag = argument.split("=")[0]
+        if flag.startswith("--") and flag != "--" and flag not in known | {"--help"}:
+            near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.0)
+            raise UserError(f"{flag} is not a flag of vitrail {verb}; the nearest is {near[0]}.")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                kind,
+                args=list(arguments),
+                prog=f"vitrail {verb}",
+                description=description,
+                default=default if default is not None else tyro.MISSING_NONPROP,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise UserError(
+            f"vitrail {verb}: {_first_sentence(said.getvalue())} (vitrail {verb} --help lists all)."
+        ) from None
+
+
+def read_toml(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any], str]:
+    """Takes `--config FILE` out of the arguments; (the rest, the file's settings, its name)."""
+    rest, settings, name = list(arguments), {}, ""
+    while "--config" in rest:
+        place = rest.index("--config")
+        if place + 1 == len(rest):
+            raise UserError("--config is missing its file; give a TOML file of settings.")
+        name = rest[place + 1]
+        del rest[place : place + 2]
+        try:
+            with Path(name).open("rb") as file:
+                settings.update(tomllib.load(file))
+        except OSError as error:
+            raise UserError(f"--config {name} cannot be read ({error.strerror}); give a TOML file.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {name} is not TOML ({error}); write lines such as rate = 0.001.") from error
+    return rest, {key.replace("-", "_"): value for key, value in settings.items()}, name
+
+
+def _flags(kind: Any) -> Iterator[str]:
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _flags(hint)
+        else:
+            name = field.name.replace("_", "-")
+            yield f"--{name}"
+            if hint is bool:
+                yield f"--no-{name}"
+
+
+def _first_sentence(boxed: str) -> str:
+    """What tyro says in the first part of its box, on one line."""
+    words: list[str] = []
+    for line in boxed.splitlines():
+        text = line.strip("│╭╮╰╯ ")
+        if line.startswith("│") and text.startswith("──"):
+            break
+        if line.startswith("│"):
+            words += text.split()
+    return " ".join(words).rstrip(".") or "the arguments could not be read"
+
+
+def shown(line: str) -> None:
+    """One sentence to the person, on standard error."""
+    print(line, file=sys.stderr, flush=True)

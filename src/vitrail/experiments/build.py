@@ -1,0 +1,98 @@
+"""A complete recipe's parts: the model, the objective around it, the loaders."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vitrail.core import ranks
+from vitrail.core.errors import UserError
+from vitrail.core.runs import write_whole
+from vitrail.core.types import Objective, Preprocess, Source
+from vitrail.data.loader import Order, PictureLoader, balanced
+from vitrail.data.transforms import Transform
+from vitrail.experiments.plan import DataFacts, pair, samples
+from vitrail.experiments.recipe import Recipe
+from vitrail.models.classifier import Classifier, replace_head
+from vitrail.objectives.supervised import Supervised
+from vitrail.weights import native, zoo
+
+
+def model(recipe: Recipe, classes: tuple[str, ...]) -> tuple[nn.Module, Preprocess]:
+    """The model with random weights, or with those given and a new head; everything drawn from the seed."""
+    settings, seed = recipe.model, recipe.run.seed
+    if recipe.own.network is not None:
+        if recipe.own.preprocess is None:
+            raise UserError("the recipe brings a network but no preprocess; say how pictures become its input.")
+        torch.manual_seed(seed)
+        return recipe.own.network(classes), recipe.own.preprocess
+    size, hidden = pair(recipe.data.size), settings.representation or None
+    if settings.weights is not None:
+        load: Any = native.load if native.describe(settings.weights).kind == "classifier" else native.load_backbone
+        made = replace_head(
+            load(settings.weights, image=size, dropout=settings.dropout, drop_path=settings.drop_path),
+            len(classes),
+            classes,
+            pool=None if settings.pool == "planned" else settings.pool,
+            hidden=hidden,
+            head_bias=settings.head_bias,
+            seed=seed,
+        )
+    else:
+        assert settings.pool != "planned"
+        made = zoo.create(
+            settings.model,
+            labels=classes,
+            pool=settings.pool,
+            preprocess=recipe.own.preprocess or Preprocess(size=size),
+            hidden=hidden,
+            head_bias=settings.head_bias,
+            seed=seed,
+            positions=settings.positions,
+            dropout=settings.dropout,
+            drop_path=settings.drop_path,
+        )
+    made.backbone.checkpointing = settings.checkpointing
+    return made, made.preprocess
+
+
+def task(recipe: Recipe, classes: tuple[str, ...], preprocess: Preprocess) -> Callable[[nn.Module], Objective]:
+    """What is asked of the model."""
+    if recipe.own.objective is not None:
+        return recipe.own.objective
+    loss = recipe.loss
+    return lambda model: Supervised(model, len(classes), preprocess, recipe.augmentation, loss.loss, loss.smoothing)
+
+
+def training_loader(recipe: Recipe, train: Source, preprocess: Preprocess, some_steps: int = 0) -> PictureLoader:
+    """The training stream; `some_steps`: only that many batches of it, to measure with."""
+    count = some_steps * recipe.data.batch or samples(recipe, DataFacts(len(train), len(train.classes), 0, 0))
+    weights = balanced(train.labels) if recipe.data.balance else None
+    order = Order(len(train), recipe.data.batch, count, recipe.run.seed, weights=weights)
+    assert recipe.data.crop != "planned"
+    transform = Transform(preprocess, recipe.data.crop)
+    workers = 0 if some_steps else recipe.data.workers
+    return PictureLoader(train, transform, order, workers, hold=not some_steps, strict=recipe.data.strict)
+
+
+def evaluation_loader(recipe: Recipe, source: Source, preprocess: Preprocess, hold: bool) -> PictureLoader:
+    """Every picture once, in order; `hold` where they will be asked for again."""
+    batch = max(recipe.data.batch // ranks.count(), 1) * ranks.count()
+    order = Order(len(source), batch, len(source), shuffle=False)
+    return PictureLoader(source, Transform(preprocess), order, recipe.data.workers, hold=hold)
+
+
+def save_model(model: nn.Module, path: Path) -> None:
+    """A classifier as `vitrail.load` reads it; of a model of the user's own, the tensors alone."""
+    if isinstance(model, Classifier):
+        native.save(model, path)
+        return
+    tensors = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
+    write_whole(path, lambda part: save_file(tensors, part))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)

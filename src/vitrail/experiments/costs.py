@@ -1,0 +1,117 @@
+"""What the machine is, what the pictures are, and what a step of training costs: measured, for the plan and the estimate.
+
+Also what goes on record so that a result can be traced: versions and the commit.
+"""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from vitrail.core.device import cores, memory
+from vitrail.core.types import Batch, Objective, Source
+from vitrail.data.decode import decode
+from vitrail.data.loader import PictureLoader
+from vitrail.experiments.plan import Machine
+from vitrail.experiments.recipe import Recipe
+from vitrail.training.loop import Pace, fit
+
+
+def picture_sizes(source: Source, most: int) -> list[tuple[int, int]]:
+    """(height, width) of some pictures, spread evenly over the source."""
+    found = []
+    for index in np.linspace(0, len(source) - 1, min(most, len(source)), dtype=int):
+        sample = source[int(index)]
+        width, height = decode(sample.picture, 3, name=sample.name).size
+        found.append((height, width))
+    return found
+
+
+def this_machine(device: torch.device) -> Machine:
+    # oneDNN's own question; without such instructions bf16 products are emulated and slower than fp32.
+    fast = device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return Machine(device.type, cores(), memory(), fast)
+
+
+def measure_step(
+    model: nn.Module,
+    task: Callable[[nn.Module], Objective],
+    loader: PictureLoader,
+    recipe: Recipe,
+    device: torch.device,
+) -> float:
+    """Seconds that one step takes, measured on a copy of the model: the faster of two, after one to warm up.
+
+    Decoding counts where it is the slower side: it runs beside the training, on as many processes as there are workers.
+    """
+    times: list[float] = []
+    reading: list[float] = []
+    precision = recipe.run.precision
+    assert precision != "planned"
+    pace = Pace(precision=precision, accumulate=recipe.run.accumulate, evaluate_every=10**9, log_every=10**9)
+
+    class Timed:
+        def __len__(self) -> int:
+            return len(loader)
+
+        def at(self, step: int) -> Batch:
+            return loader.at(step)
+
+        def batches(self, start: int = 0) -> Iterator[Batch]:
+            batches = loader.batches(start)
+            for _ in range(len(loader)):
+                asked = time.perf_counter()
+                batch = next(batches)
+                given = time.perf_counter()
+                reading.append(given - asked)
+                yield batch
+                times.append(time.perf_counter() - given)
+
+    outcome = fit(
+        model,
+        task,
+        Timed(),
+        optimiser=recipe.optimiser,
+        schedule=recipe.schedule,
+        pace=pace,
+        device=device,
+        seed=recipe.run.seed,
+    )
+    if outcome.interrupted is not None:
+        raise KeyboardInterrupt
+    held = recipe.data.crop == "none"  # decoded once, then kept
+    reads = 0.0 if held else min(reading)
+    if recipe.data.workers == 0:
+        return min(times[1:]) + reads
+    return max(min(times[1:]), reads / recipe.data.workers)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has used at most so far; after a measured step, what training needs."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+
+
+def versions() -> dict[str, str]:
+    packages = ("vitrail", "torch", "numpy", "pillow", "safetensors", "datasets")
+    known = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **known, "system": platform.platform()}
+
+
+def commit() -> str | None:
+    """The commit of Vitrail's own sources, where they stand in a git checkout."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

@@ -1,0 +1,151 @@
+"""What a run should be, from what the data and the machine are. Pure: facts in, a recipe and its reasons out.
+
+Whatever a person set is kept; only settings at their "planned" value are filled in. The reasons are printed, so that a
+default is never a secret.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from vitrail.core.types import Preprocess
+from vitrail.experiments.recipe import Recipe
+from vitrail.models.vit import ViTConfig
+from vitrail.weights import zoo
+
+SMALL = 64
+"""Pictures up to this many pixels a side are learned whole, at their own size, with small patches."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """pictures: in the training split. classes. height, width: their median, in pixels."""
+
+    pictures: int
+    classes: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """kind: "cpu", "cuda" or "mps". fast_bf16: whether it multiplies bf16 matrices faster than fp32 ones."""
+
+    kind: str
+    cores: int
+    memory: int
+    fast_bf16: bool
+
+
+def plan(
+    recipe: Recipe, facts: DataFacts, machine: Machine, start: tuple[ViTConfig, Preprocess] | None = None
+) -> tuple[Recipe, list[str]]:
+    """Fills in all but the length. start: the model and preprocessing of the weights that the run starts from."""
+    given, said = recipe, []
+    pretrained = start is not None
+    if start is not None:
+        config, preprocess = start
+        size = given.data.size or preprocess.size
+        recipe = change(recipe, "data", size=tuple(size))
+        recipe = change(recipe, "model", model=given.model.model or "as the weights have it")
+        tiny = max(size) <= SMALL
+        width, depth = config.width, config.depth
+    else:
+        tiny = max(given.data.size or (facts.height, facts.width)) <= SMALL
+        if not given.data.size:
+            side = 224 if machine.kind == "cuda" else 128
+            size = (_up(facts.height, 4), _up(facts.width, 4)) if tiny else (side, side)
+            recipe = change(recipe, "data", size=size)
+            said.append(f"size {size[0]} x {size[1]}: the pictures are {facts.height} x {facts.width} (median)")
+        if not given.model.model:
+            name = "ViT-Nano/4" if tiny else "ViT-S/16" if machine.kind == "cuda" else "ViT-Ti/16"
+            recipe = change(recipe, "model", model=name)
+            said.append(f"model {name}: for random weights, {facts.pictures:,} pictures and a {machine.kind}")
+        named = zoo.config(recipe.model.model, image=pair(recipe.data.size))
+        width, depth = named.width, named.depth
+        # Learned positions and a class token need more pictures than most people have: see docs/log.md.
+        if given.model.pool == "planned":
+            recipe = change(recipe, "model", pool="mean")
+        if given.model.positions == "planned":
+            recipe = change(recipe, "model", positions="sincos2d")
+        if "planned" in (given.model.pool, given.model.positions):
+            said.append(
+                f"pool {recipe.model.pool}, positions {recipe.model.positions}: learn faster from random weights than "
+                "the paper's class token and learned positions (--pool class --positions learned)"
+            )
+    if given.data.crop == "planned":
+        recipe = change(recipe, "data", crop="none" if tiny else "inception")
+    if not given.data.batch:
+        batch = 64 if facts.pictures < 5_000 else 128 if machine.kind == "cpu" else 512
+        recipe = change(recipe, "data", batch=batch)
+        said.append(f"batch {batch}: {facts.pictures:,} pictures to train on")
+    if given.data.workers < 0:
+        held = recipe.data.crop == "none" and facts.pictures * math.prod(pair(recipe.data.size)) < 1 << 26
+        recipe = change(recipe, "data", workers=0 if held else min(machine.cores, 8))
+    if given.run.precision == "planned":
+        # Below about 192 wide, casting costs more than the faster product saves (docs/log.md).
+        bf16 = machine.fast_bf16 and (width >= 192 or machine.kind == "cuda")
+        recipe = change(recipe, "run", precision="bf16" if bf16 else "fp32")
+    if not given.optimiser.rate:
+        rate = base_rate(recipe.optimiser.optimiser, width, depth, pretrained)
+        recipe = change(recipe, "optimiser", rate=rate)
+        said.append(f"rate {rate:g}: {recipe.optimiser.optimiser}, {'pre-trained' if pretrained else 'random'} weights")
+    return recipe, said
+
+
+def base_rate(rule: str, width: int, depth: int, pretrained: bool) -> float:
+    """A base learning rate that trains; fine-tuning's is the middle of Table 4's candidates."""
+    if rule == "sgd":
+        return 0.01 if pretrained else 0.1
+    if pretrained:
+        return 1e-4
+    return 3e-3 if width <= 128 else 1e-3 if width < 1024 else 5e-4
+
+
+def plan_length(
+    recipe: Recipe, facts: DataFacts, machine: Machine, step_seconds: float, epoch_seconds: float
+) -> tuple[Recipe, list[str]]:
+    """Turns minutes into epochs, and fills in the warm-up.
+
+    step_seconds: one training step, measured. epoch_seconds: what an epoch costs apart from its steps (evaluation).
+    """
+    said = []
+    steps_an_epoch = facts.pictures / recipe.data.batch
+    if not recipe.length.steps and not recipe.length.epochs:
+        minutes = recipe.length.minutes or (10.0 if machine.kind == "cpu" else 30.0)
+        each = steps_an_epoch * step_seconds + epoch_seconds / recipe.run.evaluate_every
+        epochs = minutes * 60 / each
+        epochs = (
+            max(1.0, float(math.floor(epochs))) if recipe.length.minutes else min(max(1.0, math.floor(epochs)), 100.0)
+        )
+        recipe = change(recipe, "length", epochs=epochs)
+        said.append(f"{epochs:g} epochs: about {minutes:g} minutes at {each:.1f} s an epoch (--epochs or --minutes)")
+    if recipe.schedule.warmup < 0:
+        warmup = min(10_000, steps(recipe, facts) // 10)
+        recipe = change(recipe, "schedule", warmup=warmup)
+    return recipe, said
+
+
+def samples(recipe: Recipe, facts: DataFacts) -> int:
+    """Pictures that the run trains on in all, repeats counted."""
+    if recipe.length.steps:
+        return recipe.length.steps * recipe.data.batch
+    return math.ceil(recipe.length.epochs * facts.pictures)
+
+
+def steps(recipe: Recipe, facts: DataFacts) -> int:
+    return -(-samples(recipe, facts) // recipe.data.batch)
+
+
+def pair(size: tuple[int, ...]) -> tuple[int, int]:
+    """One number is a square."""
+    return (size[0], size[0]) if len(size) == 1 else (size[0], size[1])
+
+
+def change(recipe: Recipe, group: str, **settings: Any) -> Recipe:
+    return dataclasses.replace(recipe, **{group: dataclasses.replace(getattr(recipe, group), **settings)})
+
+
+def _up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

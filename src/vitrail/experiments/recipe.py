@@ -1,0 +1,202 @@
+"""A training run as a value: every setting of `train`, `finetune` and `run`, grouped, frozen, written into the run folder.
+
+Each field is also a flag of the same name (the groups leave no trace in it), a line of a TOML file, and a keyword of
+`vitrail.fit`. Settings that say "planned" are filled in by experiments/plan.py once the data are known.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from torch import nn
+
+from vitrail.core.errors import UserError
+from vitrail.core.types import Objective, Preprocess
+from vitrail.core.values import from_json, to_json
+from vitrail.data.augment import Augmentation
+from vitrail.data.splits import Splits
+from vitrail.objectives.supervised import CrossEntropy
+from vitrail.training.loop import Evaluate
+from vitrail.training.optim import Optimiser, Schedule
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What to learn from."""
+
+    data: str = ""
+    """A folder with one folder a class, a CSV or JSON of paths and labels, parquet, hub:OWNER/NAME or sample:NAME."""
+    validation: float = 0.1
+    """Share of the training pictures held out to choose the best weights, where the data have no such split."""
+    size: tuple[int, ...] = ()
+    """Pixels that the model sees: one number, or height and width; none: planned from the pictures."""
+    crop: Literal["planned", "none", "inception"] = "planned"
+    """Training crops: random areas and aspects (inception), or the evaluation's own view (none)."""
+    batch: int = 0
+    """Pictures a step, over all processes; 0: planned."""
+    workers: int = -1
+    """Processes that decode pictures beside the training; -1: planned from the machine."""
+    limit: int = 0
+    """Train on this many pictures only, the same share of each class; 0: all."""
+    balance: bool = False
+    """Draw every class equally often."""
+    strict: bool = False
+    """End at the first picture that cannot be read, rather than leave it out."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What learns."""
+
+    model: str = ""
+    """As ViT-B/16; `vitrail models` lists them; none: planned from the pictures."""
+    weights: Path | None = None
+    """A Vitrail checkpoint (a file or a run folder) to start from; none: random weights."""
+    pool: Literal["planned", "class", "mean", "attention"] = "planned"
+    """What the head reads: the class token, the mean of the patches, or a learned attention over them."""
+    positions: Literal["planned", "none", "learned", "sincos2d"] = "planned"
+    """How the model knows where a patch lies."""
+    dropout: float = 0.0
+    """Chance of each number after a dense layer (appendix B.1)."""
+    drop_path: float = 0.0
+    """Chance of the last block's branches to be skipped (stochastic depth); earlier blocks less."""
+    representation: int = 0
+    """Width of the hidden tanh layer of the pre-training head (3.1); 0: a plain linear head."""
+    head_bias: float = 0.0
+    """The logits that training starts from."""
+    checkpointing: bool = False
+    """Compute blocks again in the backward pass, to save memory."""
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What is asked of it."""
+
+    loss: CrossEntropy = "softmax"
+    """Cross-entropy over the classes, or of each class by itself (the official pre-training's)."""
+    smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+
+
+@dataclass(frozen=True)
+class LengthSettings:
+    """How long. The first that is given counts; with none, as many epochs as the planned minutes hold."""
+
+    steps: int = 0
+    """Optimiser steps in all."""
+    epochs: float = 0.0
+    """Times that each picture is seen."""
+    minutes: float = 0.0
+    """Minutes of training, from the measured time of a step."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where and how."""
+
+    out: Path | None = None
+    """The run folder; none: a new one under runs/."""
+    resume: bool = False
+    """Go on with the run in --out (or, without it, in the newest of these data and this model)."""
+    dry_run: bool = False
+    """Look at the data, say what would be done, and stop."""
+    seed: int = 0
+    """Of weights, order, augmentation and dropout."""
+    device: str = ""
+    """cpu, cuda, cuda:1, mps; none: the fastest there is."""
+    precision: Literal["planned", "fp32", "bf16"] = "planned"
+    """Of matrix products; weights, norms and losses stay fp32."""
+    accumulate: int = 1
+    """Parts that each batch is cut into, to save memory; the numbers stay the same."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    evaluate_every: float = 1.0
+    """Epochs between evaluations on the held-out pictures."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    save_minutes: float = 5.0
+    """The most minutes of work that a kill can lose."""
+    wandb: bool = False
+    """Send metrics to Weights & Biases too."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a Python recipe brings of its own; whatever is None is Vitrail's.
+
+    splits: the pictures. network: from the class names to a model (pixels b c h w -> logits b k) that normalises uint8
+    pixels itself. preprocess: how pictures become its input. objective: around that model; then `evaluate` is needed too,
+    or nothing is evaluated and the last weights are the best.
+    """
+
+    splits: Splits | None = None
+    network: Callable[[tuple[str, ...]], nn.Module] | None = None
+    preprocess: Preprocess | None = None
+    objective: Callable[[nn.Module], Objective] | None = None
+    evaluate: Evaluate | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run depends on; the same recipe on the same machine gives the same weights, bit for bit."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimiser: Optimiser = field(default_factory=Optimiser)
+    schedule: Schedule = field(default_factory=Schedule)
+    length: LengthSettings = field(default_factory=LengthSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    own: Annotated[Own, tyro.conf.Suppress] = field(default_factory=Own)
+
+
+FINETUNE = Recipe(
+    optimiser=Optimiser(optimiser="sgd", weight_decay=0.0, decay="l2"),
+    augmentation=Augmentation(),
+)
+"""The paper's fine-tuning (Table 4): SGD with momentum 0.9, no weight decay, clipped at global norm 1."""
+
+FREE_ON_RESUME = {
+    "out", "resume", "dry_run", "device", "workers", "log_every", "save_minutes", "wandb", "checkpointing", "strict",
+}  # fmt: skip
+"""Settings that may change when a run is continued, because no number depends on them."""
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its flag's name, as plain JSON values."""
+    groups = (getattr(recipe, group.name) for group in dataclasses.fields(recipe) if group.name != "own")
+    return {name: value for group in groups for name, value in _settings(group).items()}
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any], origin: str) -> Recipe:
+    """The recipe with some settings changed by name. Raises UserError that names `origin` and the nearest name."""
+    known = flat(recipe)
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise UserError(f"{origin} has no setting named {name!r}; the nearest is {near[0]!r}.")
+    for group in dataclasses.fields(recipe):
+        if group.name == "own":
+            continue
+        old = getattr(recipe, group.name)
+        given = {name: settings[name] for name in _settings(old) if name in settings}
+        if given:
+            try:
+                new = from_json(
+                    type(old), {**_settings(old), **{name: to_json(value) for name, value in given.items()}}
+                )
+            except ValueError as error:
+                raise UserError(f"{origin}: {error}.") from error
+            recipe = dataclasses.replace(recipe, **{group.name: new})
+    return recipe
+
+
+def _settings(group: Any) -> dict[str, Any]:
+    return {f.name: to_json(getattr(group, f.name)) for f in dataclasses.fields(group)}
