@@ -58,7 +58,12 @@ def test_folder_is_read_in_natural_order_and_knows_its_classes(tmp_path: Path) -
     assert source.classes == ("Cat", "dog")
     assert source.labels.dtype == np.int64
     assert source.labels.tolist() == [0] * 2 + [1] * 11
-    assert [key(source, index) for index in (2, 3, 4, 12)] == ["dog/dog0.jpg", "dog/dog1.jpg", "dog/dog2.jpg", "dog/dog10.jpg"]
+    assert [key(source, index) for index in (2, 3, 4, 12)] == [
+        "dog/dog0.jpg",
+        "dog/dog1.jpg",
+        "dog/dog2.jpg",
+        "dog/dog10.jpg",
+    ]
     assert source[12] == Sample(str(tmp_path / "dog/dog10.jpg"), tmp_path / "dog/dog10.jpg", 1)
     assert source[-1] == source[12]
     assert len(list(source)) == 13
@@ -77,7 +82,11 @@ def test_folder_takes_nested_pictures_of_any_case_and_leaves_the_rest(tmp_path: 
     (tmp_path / "loose.png").write_bytes(b"x")
     os.mkfifo(tmp_path / "dog" / "pipe.jpg")
     source, notes = read_folder(tmp_path)
-    assert [key(source, index) for index in range(len(source))] == ["cat/2020/may/B.JPEG", "cat/cat0.jpg", "dog/dog0.jpg"]
+    assert [key(source, index) for index in range(len(source))] == [
+        "cat/2020/may/B.JPEG",
+        "cat/cat0.jpg",
+        "dog/dog0.jpg",
+    ]
     assert source.classes == ("cat", "dog")
     said = "\n".join(notes)
     for words in ("no pictures: empty", "1 pictures outside", "3 files that are no pictures"):

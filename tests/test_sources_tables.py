@@ -53,7 +53,7 @@ def cells(count: int) -> list[dict[str, Any]]:
 def test_parquet_with_class_names(tmp_path: Path) -> None:
     names = {"_type": "ClassLabel", "names": ["zebra", "ape", "unseen"]}
     file = write(tmp_path / "pictures.parquet", [0, 1] * 5, cells(10), names)
-    found, notes = read_parquet([file])
+    found, notes = read_parquet(file)
     source = found["train"]
     assert isinstance(source, Source)
     assert notes == ()
@@ -69,7 +69,7 @@ def test_parquet_with_class_names(tmp_path: Path) -> None:
 
 def test_parquet_without_types_and_with_words_for_labels(tmp_path: Path) -> None:
     write(tmp_path / "plain.parquet", ["dog", "cat", "dog", "cat"], [png(number) for number in range(4)])
-    source = read_parquet([tmp_path / "plain.parquet"])[0]["train"]
+    source = read_parquet(tmp_path / "plain.parquet")[0]["train"]
     assert source.classes == ("cat", "dog")
     assert source.labels.tolist() == [1, 0, 1, 0]
     assert [decode(sample.picture, 1).getpixel((0, 0)) for sample in source] == [0, 1, 2, 3]
@@ -79,7 +79,7 @@ def test_parquet_that_only_names_files(tmp_path: Path) -> None:
     Image.new("L", (4, 4), 77).save(tmp_path / "a.png")
     names = {"_type": "ClassLabel", "names": ["a", "b"]}
     rows = [{"bytes": None, "path": str(tmp_path / "a.png")}, {"bytes": png(1), "path": None}, None]
-    source = read_parquet([write(tmp_path / "p.parquet", [0, 1, 1], rows, names)])[0]["train"]
+    source = read_parquet(write(tmp_path / "p.parquet", [0, 1, 1], rows, names))[0]["train"]
     assert source[0].picture == tmp_path / "a.png"
     assert source[1].picture == png(1)
     assert source[2].picture == b""
@@ -99,15 +99,15 @@ def test_parquet_folder_with_splits_in_the_names(tmp_path: Path) -> None:
 
 def test_pictures_without_a_label_are_left_out_and_said(tmp_path: Path) -> None:
     write(tmp_path / "p.parquet", ["a", None, "b", "a"], cells(4))
-    found, notes = read_parquet([tmp_path / "p.parquet"])
+    found, notes = read_parquet(tmp_path / "p.parquet")
     assert class_counts(found["train"]) == {"a": 2, "b": 1}
     assert "1 pictures of train have no label" in notes[0]
 
 
 def test_fingerprint_of_a_table_follows_its_content(tmp_path: Path) -> None:
-    one = read_parquet([write(tmp_path / "1" / "p.parquet", ["a", "b"], cells(2))])[0]["train"]
-    moved = read_parquet([write(tmp_path / "2" / "q.parquet", ["a", "b"], cells(2))])[0]["train"]
-    other = read_parquet([write(tmp_path / "3" / "p.parquet", ["b", "a"], cells(2))])[0]["train"]
+    one = read_parquet(write(tmp_path / "1" / "p.parquet", ["a", "b"], cells(2)))[0]["train"]
+    moved = read_parquet(write(tmp_path / "2" / "q.parquet", ["a", "b"], cells(2)))[0]["train"]
+    other = read_parquet(write(tmp_path / "3" / "p.parquet", ["b", "a"], cells(2)))[0]["train"]
     assert one.fingerprint == moved.fingerprint != other.fingerprint
 
 

@@ -23,24 +23,21 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a batch, in this order. The default does nothing but normalise.
-
-    flip: left to right, half of the pictures.
-    shift: each picture moves by up to this many pixels along both axes, uniformly; what comes in is 0 (black), as in
-        the usual pad-and-crop of CIFAR.
-    randaugment: (n operations a picture, magnitude m), on the official code's scale, where 10 is AutoAugment's full
-        strength. AugReg's levels: light1 (2, 0), light2 (2, 10), medium (2, 15), strong (2, 20).
-    erasing: probability that a picture loses a rectangle of 2 to 33 % of its area to normal noise (Zhong et al. 2020).
-    mixup: p of Beta(p, p), 0 for none; AugReg has 0, 0.2, 0.5 and 0.8. The larger part stays the picture's own.
-    cutmix: p of Beta(p, p), 0 for none. With mixup too, a coin decides for each batch.
-    """
+    """What is done to a batch, in this order. The default does nothing but normalise."""
 
     flip: bool = False
+    """Turn half of the pictures left to right."""
     shift: int = 0
+    """Move each picture by up to this many pixels along both axes; what comes in is black, as usual on CIFAR."""
     randaugment: tuple[int, float] | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    """Operations a picture and their magnitude, 10 being AutoAugment's full strength; AugReg: light1 2 0, light2 2 10,
+    medium 2 15, strong 2 20."""
     erasing: float = 0.0
+    """Chance that a picture loses a rectangle of 2 to 33 % of its area to noise (Zhong et al. 2020)."""
+    mixup: float = 0.0
+    """Mix pictures and labels in pairs, by Beta(p, p); AugReg has 0, 0.2, 0.5 and 0.8."""
+    cutmix: float = 0.0
+    """Paste a rectangle of another picture, its area by Beta(p, p). With mixup too, a coin decides for each batch."""
 
     def __call__(self, batch: Batch, classes: int, preprocess: Preprocess, generator_seed: int) -> Batch:
         """uint8 views to normalised fp32 ones, on the batch's device. With mixup or cutmix the targets become a weight

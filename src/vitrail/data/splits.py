@@ -20,7 +20,7 @@ from vitrail.core.types import Source
 from vitrail.data.folders import read_folders
 from vitrail.data.likeness import equal_pictures
 from vitrail.data.sources import Read, class_counts, key, listed, read_sample, sizes, subset
-from vitrail.data.tables import LISTINGS, read_hub, read_listing, read_parquet
+from vitrail.data.tables import LISTINGS, holds_parquet, read_hub, read_listing, read_parquet
 
 FORMAT = 1
 
@@ -82,12 +82,11 @@ def read(spec: str) -> Read:
         return read_hub(spec.removeprefix("hub:"))
     path = Path(spec).expanduser()
     if path.is_dir():
-        parquet = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith("."))
-        return read_parquet(parquet) if parquet else read_folders(path)
+        return read_parquet(path) if holds_parquet(path) else read_folders(path)
     if path.suffix.lower() in LISTINGS and path.exists():
         found, notes = read_listing(path)
     elif path.suffix.lower() == ".parquet" and path.exists():
-        found, notes = read_parquet([path])
+        found, notes = read_parquet(path)
     elif path.exists():
         raise UserError(
             f"{spec} is no folder, CSV, JSON or parquet file: give --data one of these, or unpack it first."

@@ -58,12 +58,13 @@ def read_listing(file: Path) -> Read:
         names.append(row[path].strip())
         labels.append(str(row[label]).strip())
     classes = known_classes(file, {split: labels for split, (_, labels) in found.items()})
+    order = {word: place for place, word in enumerate(classes)}
     sources: dict[str, Source] = {
         split: FileSource(
             file.parent,
             Packed.of(os.fsencode(name) for name in names),
             np.array([size(file.parent / name) for name in names], np.int64),
-            np.array([classes.index(word) for word in labels], np.int64),
+            np.array([order[word] for word in labels], np.int64),
             classes,
         )
         for split, (names, labels) in found.items()
@@ -155,28 +156,38 @@ class TableSource:
         return Sample(name, b"" if cell is None else cell, int(self.labels[index]))
 
 
-def read_parquet(files: Sequence[Path]) -> Read:
-    """Parquet files; those whose name or folder says train, val or test belong to that split, the others to train."""
+def read_parquet(path: Path) -> Read:
+    """A parquet file, or all below a folder: those whose name or folder says val or test belong to that split."""
     import pyarrow.parquet as pq
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    for file in files:
+    by_split: dict[str, list[str]] = {}
+    for file in [path] if path.is_file() else parquet_files(path):
         try:
             pq.read_schema(file)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be read as parquet ({first_line(error)}): fetch or write it anew."
             ) from error
-    by_split: dict[str, list[str]] = {}
-    for file in files:
-        words = re.split(r"[^A-Za-z]+", f"{file.parent.name} {file.stem}")
+        # One file is all there is, whatever it is called; the last word that names a split is the nearest to the file.
+        words = re.split(r"[^A-Za-z]+", str(file.relative_to(path).with_suffix("")) if path.is_dir() else "")
         split = next((split for word in reversed(words) if (split := split_named(word))), "train")
         by_split.setdefault(split, []).append(str(file))
-    origin = files[0].name if len(files) == 1 else files[0].parent.name
     try:
-        return from_tables(origin, load_dataset("parquet", data_files=by_split))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{origin} cannot be read as parquet ({first_line(error)}): fetch or write it anew.") from error
+        return from_tables(path.name, load_dataset("parquet", data_files=by_split))
+    except (DatasetsError, OSError, ValueError) as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"{path} cannot be read as parquet ({reason}): fetch or write it anew.") from error
+
+
+def holds_parquet(folder: Path) -> bool:
+    """Whether there is a parquet file in it or one folder further down, where every layout has them."""
+    return any(True for pattern in ("*.parquet", "*/*.parquet") for _ in folder.glob(pattern))
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*.parquet") if not file.name.startswith("."))
 
 
 def read_hub(spec: str) -> Read:
