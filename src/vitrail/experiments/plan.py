@@ -50,7 +50,7 @@ def plan(
         recipe = change(recipe, "data", size=tuple(size))
         recipe = change(recipe, "model", model=given.model.model or "as the weights have it")
         tiny = max(size) <= SMALL
-        width, depth = config.width, config.depth
+        width = config.width
     else:
         tiny = max(given.data.size or (facts.height, facts.width)) <= SMALL
         if not given.data.size:
@@ -62,8 +62,7 @@ def plan(
             name = "ViT-Nano/4" if tiny else "ViT-S/16" if machine.kind == "cuda" else "ViT-Ti/16"
             recipe = change(recipe, "model", model=name)
             said.append(f"model {name}: for random weights, {facts.pictures:,} pictures and a {machine.kind}")
-        named = zoo.config(recipe.model.model, image=pair(recipe.data.size))
-        width, depth = named.width, named.depth
+        width = zoo.config(recipe.model.model, image=pair(recipe.data.size)).width
         # Learned positions and a class token need more pictures than most people have: see docs/log.md.
         if given.model.pool == "planned":
             recipe = change(recipe, "model", pool="mean")
@@ -84,17 +83,15 @@ def plan(
         held = recipe.data.crop == "none" and facts.pictures * math.prod(pair(recipe.data.size)) < 1 << 26
         recipe = change(recipe, "data", workers=0 if held else min(machine.cores, 8))
     if given.run.precision == "planned":
-        # Below about 192 wide, casting costs more than the faster product saves (docs/log.md).
-        bf16 = machine.fast_bf16 and (width >= 192 or machine.kind == "cuda")
-        recipe = change(recipe, "run", precision="bf16" if bf16 else "fp32")
+        recipe = change(recipe, "run", precision="bf16" if machine.fast_bf16 else "fp32")
     if not given.optimiser.rate:
-        rate = base_rate(recipe.optimiser.optimiser, width, depth, pretrained)
+        rate = base_rate(recipe.optimiser.optimiser, width, pretrained)
         recipe = change(recipe, "optimiser", rate=rate)
         said.append(f"rate {rate:g}: {recipe.optimiser.optimiser}, {'pre-trained' if pretrained else 'random'} weights")
     return recipe, said
 
 
-def base_rate(rule: str, width: int, depth: int, pretrained: bool) -> float:
+def base_rate(rule: str, width: int, pretrained: bool) -> float:
     """A base learning rate that trains; fine-tuning's is the middle of Table 4's candidates."""
     if rule == "sgd":
         return 0.01 if pretrained else 0.1

@@ -122,6 +122,8 @@ class RunSettings:
     """Steps between lines of metrics."""
     save_minutes: float = 5.0
     """The most minutes of work that a kill can lose."""
+    baselines: bool = False
+    """Say at the end what the pixels alone give on the same pictures (ridge, nearest neighbours)."""
     wandb: bool = False
     """Send metrics to Weights & Biases too."""
 
@@ -148,7 +150,7 @@ class Recipe:
 
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(flip=True))
     loss: LossSettings = field(default_factory=LossSettings)
     optimiser: Optimiser = field(default_factory=Optimiser)
     schedule: Schedule = field(default_factory=Schedule)
@@ -159,12 +161,11 @@ class Recipe:
 
 FINETUNE = Recipe(
     optimiser=Optimiser(optimiser="sgd", weight_decay=0.0, decay="l2"),
-    augmentation=Augmentation(),
 )
 """The paper's fine-tuning (Table 4): SGD with momentum 0.9, no weight decay, clipped at global norm 1."""
 
 FREE_ON_RESUME = {
-    "out", "resume", "dry_run", "device", "workers", "log_every", "save_minutes", "wandb", "checkpointing", "strict",
+    "out", "resume", "dry_run", "device", "workers", "log_every", "save_minutes", "wandb", "checkpointing", "strict", "baselines",
 }  # fmt: skip
 """Settings that may change when a run is continued, because no number depends on them."""
 
