@@ -5,16 +5,22 @@ WORLD_SIZE; without it there is one process.
 """
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vitrail.core.errors import UserError
+
 T = TypeVar("T")
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say when the process at the other end has gone."""
 
 
 def rank() -> int:
@@ -37,15 +43,33 @@ def local_rank() -> int:
 
 @contextmanager
 def together(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun started, for as long as the block lasts."""
+    """Joins the processes that torchrun started, for as long as the block lasts.
+
+    A UserError, or another process that has gone, ends this process at once, with one sentence and exit code 2: to go on
+    alone is impossible, and to let go of gloo in the middle of its work can wait for ever (its thread wants the
+    interpreter's lock while whoever frees it holds that lock and waits for the thread).
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL puts the objects that are gathered
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
-    finally:
-        distributed.destroy_process_group()
+    except UserError as error:
+        _leave(str(error))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST):
+            raise
+        _leave(f"Process {rank()} ends because another one has; see what that one said.")
+    distributed.destroy_process_group()
+
+
+def _leave(sentence: str) -> NoReturn:
+    sys.stdout.flush()
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def share(model: nn.Module, device: torch.device) -> nn.Module:
@@ -89,4 +113,25 @@ def gather_objects(item: T) -> list[T]:
 
 def from_first(item: T) -> T:
     """The first process's item, on every process."""
-    return gather_objects(item)[0]
+    if count() == 1:
+        return item
+    items = [item]
+    distributed.broadcast_object_list(items)
+    return items[0]
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What `work` gives on the first process, on every process; where it raises UserError, all of them do.
+
+    Without the latter the others would wait for the first one for ever.
+    """
+    found, problem = None, None
+    if first():
+        try:
+            found = work()
+        except UserError as error:
+            problem = error
+    found, said = from_first((found, problem and str(problem)))
+    if said is not None:
+        raise UserError(said) from problem
+    return found  # type: ignore[return-value]

@@ -15,11 +15,12 @@ import torch
 
 from vitrail.core.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls `write` with a path beside `path`, and renames the result onto `path` once it is safely on the disk.
 
     Raises UserError when it cannot be written (a full disk, no permission); `path` is then as it was.
@@ -35,19 +36,25 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:
-        # torch's and safetensors' writers raise RuntimeErrors of their own for what the system refused.
+    except OSError as error:
         part.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or _disk_full(path.parent)
-        reason = "no space is left on the disk" if full else str(error).splitlines()[0]
+        full = error.errno in FULL
+        reason = "no space is left on the disk" if full else error.strerror or str(error)
         advice = "free some space" if full else "make the folder writable"
         kept = "its last good version is kept" if path.exists() else "nothing was there before"
         raise UserError(f"{path} could not be written: {reason}; {kept}; {advice} and continue.") from error
 
 
-def _disk_full(folder: Path) -> bool:
-    state = os.statvfs(folder)
-    return state.f_bavail * state.f_frsize < 1 << 20
+def save_tensors(data: Any, path: Path) -> None:
+    """`torch.save` through a file of our own: its own writer hides what the system said, such as that the disk is full."""
+    try:
+        with path.open("wb") as file:
+            torch.save(data, file)
+    except RuntimeError as error:
+        # After a write that failed, it also fails to close its archive, and says only that.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -87,11 +94,14 @@ class RunFolder:
         try:
             # The system lets go of the lock when the process ends, however it ends.
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
             self._lock.close()
-            raise UserError(
-                f"--out {path} is in use by another run; wait for it to end or give another folder."
-            ) from error
+            found = (
+                "is in use by another run" if isinstance(error, BlockingIOError) else f"has no locks ({error.strerror})"
+            )
+            raise UserError(f"--out {path} {found}; wait for it to end or give another folder.") from error
+        # A forked data worker outlives a killed run by seconds and would hold its lock for as long.
+        os.register_at_fork(after_in_child=self._lock.close)
 
     def close(self) -> None:
         self._lock.close()
@@ -108,7 +118,7 @@ class RunFolder:
         return self.file("state.pt").exists()
 
     def save_state(self, state: dict[str, Any]) -> None:
-        write_whole(self.file("state.pt"), lambda part: torch.save({"format": FORMAT, **state}, part))
+        write_whole(self.file("state.pt"), lambda part: save_tensors({"format": FORMAT, **state}, part))
 
     def load_state(self) -> dict[str, Any]:
         """Raises UserError when the checkpoint is cut, is no Vitrail state or comes from a newer version."""
@@ -120,7 +130,7 @@ class RunFolder:
                 f"{path} cannot be read ({type(error).__name__}): it was cut or damaged; delete it to start this run "
                 "again from the beginning."
             ) from error
-        if not isinstance(state, dict) or "format" not in state:
+        if not isinstance(state, dict) or not isinstance(state.get("format"), int) or "step" not in state:
             raise UserError(f"{path} is not a Vitrail training state; give the folder of a Vitrail run.")
         if state["format"] > FORMAT:
             raise UserError(
@@ -131,7 +141,7 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl that are whole."""
         path = self.file("metrics.jsonl")
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         whole = []
         for line in lines:
             try:

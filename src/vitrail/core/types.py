@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 Interpolation = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
-Resampling = Literal["zoom", "bilinear", "bicubic", "bicubic-antialias"]
+Resampling = Literal["zoom", "bilinear", "bicubic", "bicubic-antialias", "bicubic-aligned", "bicubic-offset"]
 Gelu = Literal["tanh", "erf", "quick"]
 
 
@@ -58,7 +58,8 @@ class Numerics:
 
     gelu: "tanh" is Flax's default and so the official code's; "erf" is PyTorch's; "quick" is CLIP's x * sigmoid(1.702 x).
     norm_epsilon: added to the variance in every LayerNorm; 1e-6 in Flax and timm, 1e-12 in Hugging Face's ViT.
-    resample: how the position grid changes size: "zoom" is the official scipy order-1 zoom (corners aligned).
+    resample: how the position grid changes size: "zoom" is the official scipy order-1 zoom (corners aligned); the others
+        are PyTorch's, "bicubic-aligned" torchvision's with corners aligned, "bicubic-offset" DINO's, with its 0.1 cell.
     """
 
     gelu: Gelu = "tanh"

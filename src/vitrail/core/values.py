@@ -49,6 +49,11 @@ def _read(kind: Any, data: Any, where: str) -> Any:
             raise ValueError(f"{where} is {data!r}, not one of {', '.join(map(str, arguments))}")
         return data
     if origin in (Union, types.UnionType):
+        tables = [option for option in arguments if dataclasses.is_dataclass(option)]
+        if isinstance(data, dict) and tables:
+            # The one that the entries' names fit best, so that what is wrong inside it is what is said.
+            names = [{f.name for f in dataclasses.fields(option)} for option in tables]
+            return _read(tables[max(range(len(tables)), key=lambda i: len(data.keys() & names[i]))], data, where)
         for option in arguments:
             try:
                 return _read(option, data, where)
