@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Features, Numerics, Positions
-from vitrail.layers.heads import AttentionPool, LinearHead, MeanPool
+from vitrail.layers.heads import AttentionPool, ClassMeanPool, LinearHead, MeanPool, NoHead, PrefixPool
 from vitrail.layers.patches import PatchEmbedding
-from vitrail.layers.transformer import MLP, Attention, Block, Encoder, rotate
+from vitrail.layers.transformer import MLP, Attention, Block, Encoder, SwiGLU, Variant, rotate
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -150,9 +150,13 @@ def test_the_three_gelus(kind: str, formula: object) -> None:
         assert mlp(torch.tensor([x])).item() == pytest.approx(formula(x), abs=1e-6)  # type: ignore[operator]
 
 
-def test_a_blocks_gradient_is_its_finite_difference() -> None:
-    block = Block(8, 2, 12, Numerics(), 0.0, 0.0).double()
+@pytest.mark.parametrize("variant", [Variant(), Variant(False, True, True, "swiglu")])
+def test_a_blocks_gradient_is_its_finite_difference(variant: Variant) -> None:
+    block = Block(8, 2, 12, Numerics(), 0.0, 0.0, variant).double()
     block.initialize(generator())
+    for scale in (block.attention_scale, block.mlp_scale):
+        if scale is not None:
+            nn.init.normal_(scale, generator=generator(2))
     x = normal(1, 3, 8, seed=1, dtype=torch.float64).requires_grad_()
     names, parameters = zip(*block.named_parameters(), strict=True)
 
@@ -160,6 +164,44 @@ def test_a_blocks_gradient_is_its_finite_difference() -> None:
         return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(run, (x, *parameters), fast_mode=True)
+
+
+def test_swiglu_is_silu_of_the_first_half_times_the_second() -> None:
+    mlp = SwiGLU(6, 4)
+    mlp.initialize(generator())
+    bound = math.sqrt(6 / (6 + 4))
+    assert 0.8 * bound < mlp.hidden.weight.abs().max() <= bound
+    x = normal(3, 6)
+    gate, value = (x.numpy() @ mlp.hidden.weight.detach().numpy().T + mlp.hidden.bias.detach().numpy()).T.reshape(
+        2, 4, 3
+    )
+    expected = (gate / (1 + np.exp(-gate)) * value).T @ mlp.output.weight.detach().numpy().T
+    np.testing.assert_allclose(mlp(x).detach().numpy(), expected, atol=1e-5)
+
+
+def test_a_blocks_variants_stand_where_their_papers_put_them() -> None:
+    block = Block(8, 2, 12, Numerics(norm_epsilon=1e-3), 0.0, 0.0, Variant(qk_norm=True, layer_scale=True))
+    block.initialize(generator())
+    x = normal(2, 5, 8, seed=1)
+    # Each branch begins as nearly nothing.
+    assert (block(x) - x).abs().max() < 1e-3
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, generator=generator(3))
+    assert block.attention_scale is not None
+    assert block.mlp_scale is not None
+    middle = x + block.attention_scale * block.attention(block.attention_norm(x))
+    torch.testing.assert_close(block(x), middle + block.mlp_scale * block.mlp(block.mlp_norm(middle)))
+    # Queries and keys are normed head by head before they are turned; values are not.
+    attention, rotary = block.attention, rotary_of(5, 4)
+    query, key, _ = attention.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    turned = []
+    for part, norm in ((query, attention.query_norm), (key, attention.key_norm)):
+        assert norm is not None
+        centred = part - part.mean(-1, keepdim=True)
+        normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm.weight + norm.bias
+        turned.append(rotate(normed, *rotary))
+    expected = (turned[0] @ turned[1].mT / 2).softmax(-1)
+    torch.testing.assert_close(attention.weights(x, Positions(rotary=rotary)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dropout_stands_where_appendix_b1_puts_it_and_nowhere_else() -> None:
@@ -240,7 +282,32 @@ def test_tokens_that_only_fill_up_change_nothing() -> None:
     torch.testing.assert_close(encoder(filled, valid=valid)[0][:, :5], encoder(x)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_norm_may_stand_before_the_first_block_and_none_after_the_last() -> None:
+    encoder = Encoder(24, 2, 3, 40, Numerics(), 0.0, 0.0, pre_norm=True, final_norm=False)
+    encoder.initialize(generator())
+    nn.init.normal_(encoder.pre_norm.weight, generator=generator(1))
+    x, stem = normal(2, 5, 24), normal(1, 5, 24, seed=1)
+    y, kept = encoder(x, Positions(stem), keep=(-1,))
+    expected = encoder.pre_norm(x + stem)
+    for block in encoder.blocks:
+        expected = block(expected)
+    assert torch.equal(y, expected)
+    assert torch.equal(kept[0], expected)
+
+
 # Heads
+
+
+def test_wide_pools_join_two_vectors_and_a_head_may_lack_bias_or_be_none() -> None:
+    features = Features(normal(2, 3, 8), normal(2, 6, 8, seed=1), (2, 3), (4, 4))
+    mean = features.tokens.sum(1) / 6
+    torch.testing.assert_close(ClassMeanPool()(features), torch.cat([features.prefix[:, 0], mean], dim=1))
+    assert torch.equal(PrefixPool()(features), torch.cat([features.prefix[:, 0], features.prefix[:, 1]], dim=1))
+    assert torch.equal(NoHead()(mean), mean)
+    head = LinearHead(8, 5, bias=None)
+    head.initialize(generator())
+    assert head.output.bias is None
+    assert torch.equal(head(mean), torch.zeros(2, 5))
 
 
 def test_pools_read_the_patch_tokens_and_the_head_starts_at_its_bias() -> None:

@@ -12,9 +12,11 @@ from vitrail.core.types import Backbone, Numerics, Preprocess, Tokens
 from vitrail.core.values import from_json, to_json
 from vitrail.layers.patches import TRUNCATED_DEVIATION
 from vitrail.models.classifier import ClassifierConfig, replace_head, resize_classifier
+from vitrail.models.resnet import TrunkConfig
 from vitrail.models.vit import ViTConfig, resize_backbone
 
 SMALL = ViTConfig(width=24, depth=4, heads=3, mlp=40, patch=(4, 4), image=(16, 16))
+POSITIONS = ["none", "learned", "learned2d", "sincos2d", "relative", "rotary"]
 
 
 def pictures(*shape: int, seed: int = 0) -> Tensor:
@@ -70,6 +72,15 @@ def test_initialisation_is_the_official_one() -> None:
     assert all((m.weight == 1).all() and (m.bias == 0).all() and m.eps == 1e-6 for m in norms)
 
 
+def test_tokens_that_begin_equal_and_without_a_position_would_stay_equal() -> None:
+    config = replace(SMALL, distillation_token=True, registers=3, prefix_positions=False)
+    prefix = config.build().prefix
+    assert prefix is not None
+    assert prefix[0].abs().max() == 0
+    assert torch.pdist(prefix).min() > 0.02
+    assert prefix[1:].std().item() == pytest.approx(0.02, rel=0.2)
+
+
 def test_flax_cuts_a_normal_whose_deviation_is_known() -> None:
     density = math.exp(-2) / math.sqrt(2 * math.pi)
     inside = math.erf(2 / math.sqrt(2))
@@ -90,7 +101,7 @@ def test_initialisation_follows_its_seed_and_leaves_the_global_generator_alone(p
 # Shapes
 
 
-@pytest.mark.parametrize("positions", ["none", "learned", "sincos2d"])
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("size", [(16, 18), (8, 12), (12, 60), (4, 6)])
 def test_any_size_any_channels_non_square_patches(positions: str, class_token: bool, size: tuple[int, int]) -> None:
@@ -121,22 +132,29 @@ def test_keep_names_raw_block_outputs_in_the_order_asked() -> None:
             model.features(images, keep=(layer,))
 
 
-def test_the_joints_in_a_row_are_features_and_let_tokens_be_dropped_between() -> None:
-    model = waken(SMALL.build()).eval()
-    images = pictures(2, 3, 16, 20)
+@pytest.mark.parametrize(
+    ("positions", "layers"), [*((kind, "stem") for kind in POSITIONS), ("learned", "every"), ("learned2d", "shared")]
+)
+def test_the_joints_in_a_row_are_features_and_let_tokens_be_dropped_between(positions: str, layers: str) -> None:
+    config = replace(SMALL, positions=positions, position_layers=layers, registers=2)  # type: ignore[arg-type]
+    model = waken(config.build()).eval()
+    images = pictures(2, 3, 16, 16)
     tokens = model.tokenize(images)
-    positions = model.positions(tokens)
-    whole = model.encode(tokens, positions)
+    whole = model.encode(tokens, model.positions(tokens))
     assert torch.equal(whole.tokens, model.features(images).tokens)
-    assert positions.stem is not None
-    # Half of the tokens, by hand, are the same as the others marked not valid.
-    half = Tokens(tokens.x[:, :10], tokens.coords[:, :10], None)
-    dropped = model.encode(half, type(positions)(positions.stem[:, :11]))
-    marked = Tokens(tokens.x, tokens.coords, tokens.grid, torch.arange(20).expand(2, -1) < 10)
-    masked = model.encode(marked, positions)
+    # Some of the tokens are the same as all with the others marked not valid.
+    kept = torch.tensor([[9, 2, 4, 15], [0, 1, 7, 3]])
+    rows = torch.arange(2)[:, None]
+    some = Tokens(tokens.x[rows, kept], tokens.coords[rows, kept], None)
+    dropped = model.encode(some, model.positions(some))
+    valid = torch.zeros(2, 16, dtype=torch.bool).scatter(1, kept, True)
+    masked = model.encode(replace(tokens, valid=valid), model.positions(tokens))
     assert dropped.grid is None
-    torch.testing.assert_close(dropped.tokens, masked.tokens[:, :10], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(dropped.prefix, masked.prefix, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dropped.tokens, masked.tokens[rows, kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dropped.prefix, masked.prefix, rtol=1e-4, atol=1e-5)
+    if positions != "none":
+        still = model.encode(tokens, type(model.positions(tokens))())
+        assert (still.tokens - whole.tokens).abs().max() > 1e-2
 
 
 def test_checkpointing_is_an_attribute_of_the_model() -> None:
@@ -150,8 +168,10 @@ def test_checkpointing_is_an_attribute_of_the_model() -> None:
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-def test_the_residual_stream_stays_fp32_under_autocast_and_a_bf16_model_runs() -> None:
-    model = waken(ClassifierConfig(SMALL, 5).build()).eval()
+@pytest.mark.parametrize("changes", [{}, {"positions": "relative"}, {"positions": "rotary", "qk_norm": True}])
+def test_the_residual_stream_stays_fp32_under_autocast_and_a_bf16_model_runs(changes: dict[str, object]) -> None:
+    config = replace(SMALL, layer_scale=bool(changes), **changes)  # type: ignore[arg-type]
+    model = waken(ClassifierConfig(config, 5).build()).eval()
     images = pictures(2, 3, 16, 24)
     exact = model(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -172,6 +192,10 @@ def test_every_parameter_belongs_to_a_layer_and_the_protocol_holds() -> None:
     assert layers["backbone.encoder.norm.weight"] == layers["head.output.weight"] == layers["pool.probe"] == 5
     with pytest.raises(ValueError, match="no parameter 'trunk'"):
         model.backbone.layer_of("trunk")
+    other = replace(SMALL, position_layers="every", pre_norm=True, layer_scale=True, registers=1).build()
+    layers = {name: other.layer_of(name) for name, _ in other.named_parameters()}
+    assert layers["position_embedding.2.grid"] == layers["encoder.blocks.2.mlp_scale"] == 3
+    assert layers["encoder.pre_norm.weight"] == layers["prefix"] == 0
 
 
 @pytest.mark.parametrize(
@@ -183,6 +207,12 @@ def test_every_parameter_belongs_to_a_layer_and_the_protocol_holds() -> None:
         ({"patch": (0, 4)}, "at least 1 pixel"),
         ({"width": 30, "positions": "sincos2d"}, "multiple of 4"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+        ({"width": 27, "positions": "learned2d"}, "multiple of 2, not 27"),
+        ({"width": 30, "positions": "rotary"}, "heads of a multiple of 4 numbers, not 10"),
+        ({"positions": "rotary", "rotary_base": 0.0}, "must be above 0"),
+        ({"positions": "sincos2d", "position_layers": "every"}, "not sincos2d"),
+        ({"registers": -1}, "cannot have -1 registers"),
+        ({"class_token": False, "distillation_token": True}, "the model has none"),
     ],
 )
 def test_configs_that_do_not_fit_together_are_refused(changes: dict[str, object], message: str) -> None:
@@ -198,6 +228,9 @@ def test_a_config_survives_json() -> None:
         hidden=9,
     )
     assert from_json(ClassifierConfig, to_json(config)) == config
+    backbone = replace(SMALL, patch=(1, 1), trunk=TrunkConfig((1,)), positions="learned2d", position_layers="every")
+    other = ClassifierConfig(backbone, 24, head="none", output="embedding", pool_norm=True)
+    assert from_json(ClassifierConfig, to_json(other)) == other
 
 
 # The classifier
@@ -217,6 +250,12 @@ def test_a_pool_needs_what_it_pools_and_labels_need_their_count() -> None:
     config = replace(SMALL, class_token=False)
     with pytest.raises(UserError, match="no class token"):
         ClassifierConfig(config, 5, "class")
+    with pytest.raises(UserError, match="no class token"):
+        ClassifierConfig(config, 5, "class-mean")
+    with pytest.raises(UserError, match="no distillation token"):
+        ClassifierConfig(SMALL, 5, "prefix")
+    with pytest.raises(UserError, match="without a head, the 24 pooled numbers come out, and not 5"):
+        ClassifierConfig(SMALL, 5, head="none")
     with pytest.raises(UserError, match="at least 1 class"):
         ClassifierConfig(SMALL, 0)
     with pytest.raises(UserError, match="2 labels were given for 5 classes"):
@@ -240,9 +279,28 @@ def test_a_new_head_is_zero_and_the_rest_is_kept(pool: str) -> None:
     assert count(other) == other.config.parameters()
 
 
-@pytest.mark.parametrize("positions", ["learned", "sincos2d", "none"])
-def test_a_resized_model_computes_the_same_and_trains_its_own_grid(positions: str) -> None:
-    config = replace(SMALL, positions=positions)  # type: ignore[arg-type]
+def test_a_norm_after_the_pool_stays_with_it_and_a_backbone_without_one_gets_one() -> None:
+    backbone = replace(SMALL, final_norm=False)
+    config = ClassifierConfig(backbone, 24, "mean", pool_norm=True, head="none", output="embedding")
+    old = waken(config.build())
+    new = replace_head(old, 3)
+    assert new.pool_norm is old.pool_norm
+    assert new.config == ClassifierConfig(backbone, 3, "mean", pool_norm=True)
+    other = replace_head(old, 3, pool="class")
+    assert other.pool_norm is not None
+    assert other.pool_norm is not old.pool_norm
+    assert (other.pool_norm.weight == 1).all()
+    for model in (new, other, replace_head(backbone.build(), 3)):
+        assert model.config.pool_norm
+        assert count(model) == model.config.parameters()
+        assert model.layer_of("pool_norm.weight") == 5
+
+
+@pytest.mark.parametrize(
+    ("positions", "layers"), [*((kind, "stem") for kind in POSITIONS), ("learned", "every"), ("learned2d", "shared")]
+)
+def test_a_resized_model_computes_the_same_and_trains_its_own_grid(positions: str, layers: str) -> None:
+    config = replace(SMALL, positions=positions, position_layers=layers)  # type: ignore[arg-type]
     model = waken(ClassifierConfig(config, 5).build()).eval()
     images = pictures(2, 3, 24, 32)
     expected = model(images)
@@ -253,7 +311,10 @@ def test_a_resized_model_computes_the_same_and_trains_its_own_grid(positions: st
     assert model.config.backbone.image == model.preprocess.size == (24, 32)
     assert model.preprocess.resize == 30
     assert count(model) == model.config.parameters()
-    if positions == "learned":
+    model(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    if positions == "learned" and layers == "stem":
+        model.zero_grad()
         model(images).sum().backward()
         grid = model.backbone.position_embedding.grid
         assert grid.shape == (6, 8, 24)

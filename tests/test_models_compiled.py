@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.models.classifier import Classifier, ClassifierConfig
+from vitrail.models.resnet import ResNetConfig, TrunkConfig
 from vitrail.models.vit import ViTConfig
 
 SMALL = ViTConfig(width=24, depth=4, heads=3, mlp=40, patch=(4, 4), image=(16, 16))
@@ -68,6 +69,38 @@ def test_every_kind_is_one_graph(size: tuple[int, int], positions: str, pool: st
     model = ClassifierConfig(config, 5, pool, hidden=8).build()  # type: ignore[arg-type]
     model.backbone.checkpointing = checkpointing
     compiled_is_eager(model, pictures(3, 3, *size), "aot_eager")
+
+
+HYBRID = {"trunk": TrunkConfig((1,), width=32), "final_norm": False}
+VARIANTS: dict[str, dict[str, object]] = {
+    "relative": {"positions": "relative", "registers": 2, "qk_norm": True, "layer_scale": True},
+    "rotary hybrid": {"patch": (1, 2), "positions": "rotary", "feed_forward": "swiglu", "pre_norm": True, **HYBRID},
+    "every": {"positions": "learned2d", "position_layers": "every", "prefix_positions": False, "qkv_bias": False},
+}
+
+
+def variant(name: str) -> Classifier:
+    if name == "resnet":
+        return ClassifierConfig(ResNetConfig((1, 1), root_width=32, image=(16, 16)), 5, "mean").build()
+    backbone = replace(SMALL, depth=2, **VARIANTS[name])  # type: ignore[arg-type]
+    return ClassifierConfig(backbone, 5, "class-mean", pool_norm=not backbone.final_norm).build()
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_one_graph(name: str) -> None:
+    compiled_is_eager(variant(name), pictures(3, 3, 24, 16), "aot_eager")
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("name", [*VARIANTS, "resnet"])
+def test_every_variant_is_exported_at_any_batch_size(name: str) -> None:
+    model = waken(variant(name)).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (pictures(3, 3, 24, 16),), dynamic_shapes=({0: batch},)).module()
+    for count in (1, 5):
+        images = pictures(count, 3, 24, 16, seed=count)
+        torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.unhooked

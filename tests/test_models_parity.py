@@ -4,6 +4,8 @@ Each tiny model was made so that a wrong GELU, norm epsilon, order or resampling
 The names are mapped here by hand.
 """
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ import torch
 from safetensors.numpy import load_file
 
 from vitrail.core.types import Numerics
+from vitrail.layers.convolutions import Standardization
 from vitrail.models.classifier import Classifier, ClassifierConfig
+from vitrail.models.resnet import TrunkConfig
 from vitrail.models.vit import ViTConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -36,10 +40,12 @@ def attention_names(there: dict[str, np.ndarray], path: str) -> dict[str, np.nda
     return out
 
 
-def from_flax(there: dict[str, np.ndarray], depth: int, grid: tuple[int, int], official: bool) -> dict[str, np.ndarray]:
-    """The official code's old names, or big_vision's, to ours."""
-    attention = "MultiHeadDotProductAttention_1" if official else "MultiHeadDotProductAttention_0"
-    mlp_norm, mlp = ("LayerNorm_2", "MlpBlock_3") if official else ("LayerNorm_1", "MlpBlock_0")
+def from_flax(there: dict[str, np.ndarray], config: ViTConfig) -> dict[str, np.ndarray]:
+    """The official code's old names, or its new ones, which are big_vision's too, to ours."""
+    old = any("MlpBlock_3" in name for name in there)
+    attention = "MultiHeadDotProductAttention_1" if old else "MultiHeadDotProductAttention_0"
+    mlp_norm, mlp = ("LayerNorm_2", "MlpBlock_3") if old else ("LayerNorm_1", "MlpBlock_0")
+    grid = config.grid
     ours = {
         "backbone.patch_embedding.weight": there["embedding/kernel"].transpose(3, 2, 0, 1),
         "backbone.patch_embedding.bias": there["embedding/bias"],
@@ -59,7 +65,7 @@ def from_flax(there: dict[str, np.ndarray], depth: int, grid: tuple[int, int], o
         if prefixes:
             ours["backbone.position_embedding.prefix"] = position[0, :prefixes]
         ours["backbone.position_embedding.grid"] = position[0, prefixes:].reshape(*grid, -1)
-    for layer in range(depth):
+    for layer in range(config.depth):
         our, their = f"backbone.encoder.blocks.{layer}", f"Transformer/encoderblock_{layer}"
         norm(f"{our}.attention_norm", f"{their}/LayerNorm_0")
         norm(f"{our}.mlp_norm", f"{their}/{mlp_norm}")
@@ -72,6 +78,15 @@ def from_flax(there: dict[str, np.ndarray], depth: int, grid: tuple[int, int], o
         dense(f"{our}.mlp.hidden", f"{their}/{mlp}/Dense_0")
         dense(f"{our}.mlp.output", f"{their}/{mlp}/Dense_1")
     norm("backbone.encoder.norm", "Transformer/encoder_norm")
+    if config.trunk is not None:
+        ours["backbone.trunk.root.weight"] = there["conv_root/kernel"].transpose(3, 2, 0, 1)
+        norm("backbone.trunk.root_norm", "gn_root")
+        for name in [name for name in there if name.startswith("block") and name.endswith("/kernel")]:
+            stage, unit, part = re.fullmatch(r"block(\d+)/unit(\d+)/conv_?(\w+)/kernel", name).groups()  # type: ignore[union-attr]
+            our, their = f"backbone.trunk.stages.{int(stage) - 1}.{int(unit) - 1}", f"block{stage}/unit{unit}"
+            conv, last = ("project", "project_norm") if part == "proj" else (f"conv{part}", f"norm{part}")
+            ours[f"{our}.{conv}.weight"] = there[name].transpose(3, 2, 0, 1)
+            norm(f"{our}.{last}", f"{their}/gn_proj" if part == "proj" else f"{their}/gn{part}")
     if "MAPHead_0/probe" in there:
         ours["pool.probe"] = there["MAPHead_0/probe"][0]
         parts = attention_names(there, "MAPHead_0/MultiHeadDotProductAttention_0")
@@ -92,18 +107,26 @@ def vit(depth: int, heads: int, mlp: int, class_token: bool, positions: str = "l
     return ViTConfig(24, depth, heads, mlp, (8, 8), (64, 64), 3, class_token, positions)  # type: ignore[arg-type]
 
 
+HYBRID = replace(vit(2, 2, 40, True), patch=(1, 1), trunk=TrunkConfig((1, 2), width=32))
+
+
 CASES = {
     "official_token": ClassifierConfig(vit(3, 3, 48, True), 11),
     "official_prelogits": ClassifierConfig(vit(2, 2, 64, True), 7, hidden=24),
     "bigvision_map": ClassifierConfig(vit(2, 3, 48, False), 7, "attention"),
     "bigvision_gap_sincos": ClassifierConfig(vit(2, 3, 40, False, "sincos2d"), 5, "mean", hidden=24),
+    "official_hybrid": ClassifierConfig(HYBRID, 9),
+    "official_hybridroot": ClassifierConfig(replace(HYBRID, patch=(8, 8), trunk=TrunkConfig((), width=32)), 9),
 }
 
 
-def model_of(case: str) -> Classifier:
-    config = CASES[case]
+def model_of(case: str, **changes: object) -> Classifier:
+    """changes: other fields of the backbone's config than the case has."""
+    backbone = CASES[case].backbone
+    assert isinstance(backbone, ViTConfig)
+    config = replace(CASES[case], backbone=replace(backbone, **changes))  # type: ignore[arg-type]
     with np.load(FIXTURES / f"{case}.npz") as there:
-        ours = from_flax(dict(there), config.backbone.depth, config.backbone.grid, case.startswith("official"))
+        ours = from_flax(dict(there), backbone)
     model = config.build(device="meta")
     # A copy, because PyTorch reads an array's memory in row order alone.
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in ours.items()}
@@ -124,12 +147,18 @@ def test_logits_at_96_pixels_are_the_official_codes_with_the_table_zoomed() -> N
     agree(model(images), logits)
 
 
-@pytest.mark.parametrize("gelu", ["erf", "quick"])
-def test_another_gelu_would_be_noticed(gelu: str) -> None:
-    model = model_of("official_token")
-    for block in model.backbone.encoder.blocks:
-        block.mlp.kind = gelu
-    with np.load(FIXTURES / "official_token_io.npz") as io, pytest.raises(AssertionError):
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("official_token", {"numerics": Numerics("erf")}),
+        ("official_token", {"numerics": Numerics("quick")}),
+        ("official_hybrid", {"trunk": replace(HYBRID.trunk, standardization=Standardization(1e-5, False, same=False))}),
+        ("official_hybrid", {"trunk": replace(HYBRID.trunk, standardization=Standardization(1e-5, True, same=True))}),
+    ],
+)
+def test_another_arithmetic_would_be_noticed(case: str, changes: dict[str, object]) -> None:
+    model = model_of(case, **changes)
+    with np.load(FIXTURES / f"{case}_io.npz") as io, pytest.raises(AssertionError):
         agree(model(torch.from_numpy(io["images_nhwc"]).permute(0, 3, 1, 2)), io["logits"])
 
 

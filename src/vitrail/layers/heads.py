@@ -1,4 +1,7 @@
-"""From a backbone's features to logits: how tokens become one vector, and the linear head on it."""
+"""From a backbone's features to logits: how tokens become one vector, and the linear head on it.
+
+A head, its hidden layer and a pool's norm may each be absent: SigLIP's output is the pooled vector itself.
+"""
 
 from typing import Literal
 
@@ -10,7 +13,7 @@ from vitrail.core.types import Features, Numerics
 from vitrail.layers.patches import lecun_normal_
 from vitrail.layers.transformer import MLP, attend
 
-PoolKind = Literal["class", "mean", "attention"]
+PoolKind = Literal["class", "mean", "attention", "class-mean", "prefix"]
 
 
 class ClassTokenPool(nn.Module):
@@ -31,6 +34,26 @@ class MeanPool(nn.Module):
 
     def forward(self, features: Features) -> Float[Tensor, "b d"]:
         return features.tokens.mean(dim=1)
+
+
+class ClassMeanPool(nn.Module):
+    """DINOv2's, as Hugging Face's classifier has it: the class token, then the mean of the patch tokens."""
+
+    def initialize(self, generator: torch.Generator) -> None:
+        pass
+
+    def forward(self, features: Features) -> Float[Tensor, "b wide"]:
+        return torch.cat([features.prefix[:, 0], features.tokens.mean(dim=1)], dim=1)
+
+
+class PrefixPool(nn.Module):
+    """DeiT's: the class token, then the distillation token; the mean of its two heads is one linear layer on both."""
+
+    def initialize(self, generator: torch.Generator) -> None:
+        pass
+
+    def forward(self, features: Features) -> Float[Tensor, "b wide"]:
+        return features.prefix[:, :2].flatten(1)
 
 
 class AttentionPool(nn.Module):
@@ -64,24 +87,43 @@ class AttentionPool(nn.Module):
         return seen + self.mlp(self.norm(seen))
 
 
+class PoolNorm(nn.LayerNorm):
+    """The norm of models that have theirs after the pool."""
+
+    def initialize(self, generator: torch.Generator) -> None:
+        self.reset_parameters()
+
+
 class LinearHead(nn.Module):
     """Zero-initialised logits (appendix B.1.1), after one hidden tanh layer of `hidden` units in pre-training (3.1).
 
-    bias: the logits that training starts from; the official code takes -10 for sigmoid losses on many classes.
+    bias: the logits that training starts from; the official code takes -10 for sigmoid losses on many classes. None for
+        a layer without a bias, as CLIP's projection is.
     """
 
-    def __init__(self, width: int, classes: int, hidden: int | None = None, bias: float = 0.0) -> None:
+    def __init__(self, width: int, classes: int, hidden: int | None = None, bias: float | None = 0.0) -> None:
         super().__init__()
         self.starting_bias = bias
         self.hidden = None if hidden is None else nn.Linear(width, hidden)
-        self.output = nn.Linear(width if hidden is None else hidden, classes)
+        self.output = nn.Linear(width if hidden is None else hidden, classes, bias=bias is not None)
 
     def initialize(self, generator: torch.Generator) -> None:
         if self.hidden is not None:
             lecun_normal_(self.hidden.weight, generator)
             nn.init.zeros_(self.hidden.bias)
         nn.init.zeros_(self.output.weight)
-        nn.init.constant_(self.output.bias, self.starting_bias)
+        if self.starting_bias is not None:
+            nn.init.constant_(self.output.bias, self.starting_bias)
 
     def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
         return self.output(x if self.hidden is None else self.hidden(x).tanh())
+
+
+class NoHead(nn.Module):
+    """The pooled vector is the output."""
+
+    def initialize(self, generator: torch.Generator) -> None:
+        pass
+
+    def forward(self, x: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+        return x

@@ -30,25 +30,24 @@ def lecun_normal_(weight: Tensor, generator: torch.Generator) -> None:
 class PatchEmbedding(nn.Module):
     """Cuts pictures into patches of (height, width) pixels and projects each to `width` numbers."""
 
-    def __init__(self, patch: tuple[int, int], channels: int, width: int) -> None:
+    def __init__(self, patch: tuple[int, int], channels: int, width: int, bias: bool = True) -> None:
         super().__init__()
         self.patch = patch
         self.weight = nn.Parameter(torch.empty(width, channels, *patch))
-        self.bias = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def initialize(self, generator: torch.Generator) -> None:
         lecun_normal_(self.weight, generator)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Tokens:
         """Normalised pictures to one token a patch, in row order.
 
         Raises UserError where the patch does not divide the picture or the number of channels is another one.
         """
+        check_pictures(images, self.weight.shape[1], self.patch)
         batch, channels, height, width = images.shape
-        if channels != self.weight.shape[1]:
-            raise UserError(f"the pictures have {channels} channels, but the model takes {self.weight.shape[1]}")
-        check_size((height, width), self.patch)
         tall, wide = self.patch
         y, x = height // tall, width // wide
         patches = images.to(self.weight.dtype).reshape(batch, channels, y, tall, x, wide).permute(0, 2, 4, 1, 3, 5)
@@ -60,6 +59,13 @@ def grid_coordinates(grid: tuple[int, ...], device: torch.device | None = None) 
     """Where the cells of a grid lie, in row order, in patches from the first."""
     axes = [torch.arange(size, dtype=torch.float32, device=device) for size in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(1, -1, len(grid))
+
+
+def check_pictures(images: Float[Tensor, "b c h w"], channels: int, patch: tuple[int, int]) -> None:
+    """Raises UserError where the pictures have other channels, or a size that patches of `patch` pixels do not fill."""
+    if images.shape[1] != channels:
+        raise UserError(f"the pictures have {images.shape[1]} channels, but the model takes {channels}")
+    check_size((images.shape[2], images.shape[3]), patch)
 
 
 def check_size(size: tuple[int, int], patch: tuple[int, int]) -> None:

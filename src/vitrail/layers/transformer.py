@@ -2,8 +2,11 @@
 
 Dropout stands after every dense layer save the one for queries, keys and values, and after the positions are added
 (appendix B.1); the attention map itself is never dropped. Whatever knows positions arrives in a Positions value, and
-nothing here knows how it was made.
+nothing here knows how it was made. What later ViTs changed in the block is a Variant; the default one is the paper's.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,28 @@ from vitrail.core.errors import UserError
 from vitrail.core.types import Gelu, Numerics, Positions
 
 NO_POSITIONS = Positions()
+FeedForward = Literal["mlp", "swiglu"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """In what a block differs from the paper's.
+
+    qkv_bias: whether queries, keys and values have a bias.
+    qk_norm: a LayerNorm over each head's queries and keys ("Scaling Vision Transformers to 22 Billion Parameters", 2).
+    layer_scale: a learned factor a channel on each residual branch ("Going deeper with Image Transformers", 2).
+    feed_forward: "swiglu" is silu(x W) * (x V) in place of gelu(x W) ("GLU Variants Improve Transformer", 2).
+    """
+
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: bool = False
+    feed_forward: FeedForward = "mlp"
+
+
+PLAIN = Variant()
+# DINOv2's, ssl_default_config.yaml: each block begins as nearly nothing.
+FIRST_LAYER_SCALE = 1e-5
 
 
 def gelu(x: Tensor, kind: Gelu) -> Tensor:
@@ -40,12 +65,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. One matrix makes queries, keys and values, in that order, each head by head."""
+    """Multi-head self-attention. One matrix makes queries, keys and values, in that order, each head by head.
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    norm_epsilon: of the norm of queries and keys; None for no such norm.
+    """
+
+    def __init__(
+        self, width: int, heads: int, dropout: float = 0.0, bias: bool = True, norm_epsilon: float | None = None
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.query_norm = None if norm_epsilon is None else nn.LayerNorm(width // heads, eps=norm_epsilon)
+        self.key_norm = None if norm_epsilon is None else nn.LayerNorm(width // heads, eps=norm_epsilon)
         self.output = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -53,8 +85,12 @@ class Attention(nn.Module):
         # Each of the three by its own fans: fused, the fan-out would be 3 d and every bound smaller by 1 / sqrt(2).
         for matrix in (*self.qkv.weight.detach().chunk(3), self.output.weight):
             nn.init.xavier_uniform_(matrix, generator=generator)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.output.bias)
+        for bias in (self.qkv.bias, self.output.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        for norm in (self.query_norm, self.key_norm):
+            if norm is not None:
+                norm.reset_parameters()
 
     def forward(
         self,
@@ -79,6 +115,8 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
         if positions.rotary is not None:
             query, key = rotate(query, *positions.rotary), rotate(key, *positions.rotary)
         return query, key, value
@@ -123,22 +161,58 @@ class MLP(nn.Module):
         return self.dropout(self.output(self.dropout(gelu(self.hidden(x), self.kind))))
 
 
+class SwiGLU(nn.Module):
+    """silu(gate) * value, both made by one matrix, the gate's half first."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, 2 * hidden)
+        self.output = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        for matrix in (*self.hidden.weight.detach().chunk(2), self.output.weight):
+            nn.init.xavier_uniform_(matrix, generator=generator)
+        for layer in (self.hidden, self.output):
+            nn.init.normal_(layer.bias, std=1e-6, generator=generator)
+
+    def forward(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+        gate, value = self.hidden(x).chunk(2, dim=-1)
+        return self.dropout(self.output(self.dropout(F.silu(gate) * value)))
+
+
 class Block(nn.Module):
     """Eq. 2 and 3. drop_path: the chance that a picture skips a residual branch in training (stochastic depth)."""
 
-    def __init__(self, width: int, heads: int, mlp: int, numerics: Numerics, dropout: float, drop_path: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp: int,
+        numerics: Numerics,
+        dropout: float,
+        drop_path: float,
+        variant: Variant = PLAIN,
+    ) -> None:
         super().__init__()
+        epsilon = numerics.norm_epsilon
         self.drop_path = drop_path
-        self.attention_norm = nn.LayerNorm(width, eps=numerics.norm_epsilon)
-        self.attention = Attention(width, heads, dropout)
-        self.mlp_norm = nn.LayerNorm(width, eps=numerics.norm_epsilon)
-        self.mlp = MLP(width, mlp, numerics.gelu, dropout)
+        self.attention_norm = nn.LayerNorm(width, eps=epsilon)
+        self.attention = Attention(width, heads, dropout, variant.qkv_bias, epsilon if variant.qk_norm else None)
+        self.mlp_norm = nn.LayerNorm(width, eps=epsilon)
+        swiglu = variant.feed_forward == "swiglu"
+        self.mlp = SwiGLU(width, mlp, dropout) if swiglu else MLP(width, mlp, numerics.gelu, dropout)
+        self.attention_scale = nn.Parameter(torch.empty(width)) if variant.layer_scale else None
+        self.mlp_scale = nn.Parameter(torch.empty(width)) if variant.layer_scale else None
 
     def initialize(self, generator: torch.Generator) -> None:
         self.attention_norm.reset_parameters()
         self.attention.initialize(generator)
         self.mlp_norm.reset_parameters()
         self.mlp.initialize(generator)
+        for scale in (self.attention_scale, self.mlp_scale):
+            if scale is not None:
+                nn.init.constant_(scale, FIRST_LAYER_SCALE)
 
     def forward(
         self,
@@ -146,8 +220,10 @@ class Block(nn.Module):
         positions: Positions = NO_POSITIONS,
         valid: Bool[Tensor, "b t"] | None = None,
     ) -> Float[Tensor, "b t d"]:
-        x = x + self._sometimes(self.attention(self.attention_norm(x), positions, valid))
-        return x + self._sometimes(self.mlp(self.mlp_norm(x)))
+        attended = self.attention(self.attention_norm(x), positions, valid)
+        x = x + self._sometimes(attended if self.attention_scale is None else attended * self.attention_scale)
+        transformed = self.mlp(self.mlp_norm(x))
+        return x + self._sometimes(transformed if self.mlp_scale is None else transformed * self.mlp_scale)
 
     def _sometimes(self, branch: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
@@ -159,23 +235,40 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The blocks and the final norm. checkpointing: blocks are computed again in the backward pass, to save memory."""
+    """The blocks and the final norm.
+
+    checkpointing: blocks are computed again in the backward pass, to save memory.
+    pre_norm: a norm before the first block too (CLIP). final_norm: False where the norm stands after pooling.
+    """
 
     def __init__(
-        self, width: int, depth: int, heads: int, mlp: int, numerics: Numerics, dropout: float, drop_path: float
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp: int,
+        numerics: Numerics,
+        dropout: float,
+        drop_path: float,
+        variant: Variant = PLAIN,
+        pre_norm: bool = False,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         self.checkpointing = False
         self.dropout = nn.Dropout(dropout)
         # The official rule: the chance grows with depth, from none at the first block to all of it at the last.
         chances = [drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, mlp, numerics, dropout, chance) for chance in chances)
-        self.norm = nn.LayerNorm(width, eps=numerics.norm_epsilon)
+        self.pre_norm = nn.LayerNorm(width, eps=numerics.norm_epsilon) if pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(width, heads, mlp, numerics, dropout, chance, variant) for chance in chances)
+        self.norm = nn.LayerNorm(width, eps=numerics.norm_epsilon) if final_norm else nn.Identity()
 
     def initialize(self, generator: torch.Generator) -> None:
         for block in self.blocks:
             block.initialize(generator)  # type: ignore[operator]
-        self.norm.reset_parameters()
+        for norm in (self.pre_norm, self.norm):
+            if isinstance(norm, nn.LayerNorm):
+                norm.reset_parameters()
 
     def forward(
         self,
@@ -193,7 +286,7 @@ class Encoder(nn.Module):
             raise UserError(f"keep names block {missing[0]}, but the model's {depth} blocks are 0 to {depth - 1}")
         if positions.stem is not None:
             x = x + positions.stem
-        x = self.dropout(x)
+        x = self.pre_norm(self.dropout(x))
         kept: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             if positions.per_layer is not None:

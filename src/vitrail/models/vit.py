@@ -10,9 +10,20 @@ from torch import Tensor, nn
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Features, Numerics, Positions, Preprocess, Tokens
-from vitrail.layers.patches import PatchEmbedding, check_size
-from vitrail.layers.positions import LearnedPositions, PositionKind, SinCosPositions, resample_grid
-from vitrail.layers.transformer import Encoder
+from vitrail.layers.patches import PatchEmbedding, check_pictures, check_size
+from vitrail.layers.positions import (
+    LearnedPositions,
+    LearnedPositions2d,
+    PositionKind,
+    PositionLayers,
+    PositionsBeforeEachBlock,
+    PositionTable,
+    RelativePositions,
+    RotaryPositions,
+    SinCosPositions,
+)
+from vitrail.layers.transformer import Encoder, FeedForward, Variant
+from vitrail.models.resnet import ResNet, Trunk, TrunkConfig
 
 
 @dataclass(frozen=True)
@@ -20,10 +31,16 @@ class ViTConfig:
     """What a ViT is made of. Raises UserError where its numbers do not fit together.
 
     width, depth, heads, mlp: D, number of blocks, attention heads and MLP width of Table 1.
-    patch: (height, width) in pixels.
+    patch: (height, width) in pixels; with a trunk, in cells of its map.
     image: (height, width) that the position grid is made for; other sizes are resampled at run time.
     class_token: the paper's; without one, pool by mean or attention.
     dropout, drop_path: chances in [0, 1), in training only; the second is the last block's (stochastic depth).
+    distillation_token: DeiT's second token. registers: DINOv2's tokens without a position, after those two.
+    prefix_positions: whether class and distillation token have a row of learned positions.
+    positions, position_layers: the rows and columns of the paper's Table 8, "sincos2d" and DINOv3's "rotary".
+    pre_norm: a norm before the first block too (CLIP). final_norm: False where the only norm follows the pool.
+    layer_scale, qk_norm, qkv_bias, feed_forward: see layers.transformer.Variant.
+    trunk: the ResNet of a hybrid, on whose map the patches are cut.
     """
 
     width: int
@@ -38,6 +55,19 @@ class ViTConfig:
     dropout: float = 0.0
     drop_path: float = 0.0
     numerics: Numerics = field(default_factory=Numerics)
+    distillation_token: bool = False
+    registers: int = 0
+    prefix_positions: bool = True
+    position_layers: PositionLayers = "stem"
+    rotary_base: float = 100.0
+    pre_norm: bool = False
+    final_norm: bool = True
+    layer_scale: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = True
+    patch_bias: bool = True
+    feed_forward: FeedForward = "mlp"
+    trunk: TrunkConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "mlp", "channels"):
@@ -49,39 +79,88 @@ class ViTConfig:
             raise UserError(f"a ViT's width must be a multiple of its heads, but {self.width} is none of {self.heads}")
         if self.positions == "sincos2d" and (self.width % 4 or self.width < 8):
             raise UserError(f"sin-cos positions need a width that is a multiple of 4, at least 8, not {self.width}")
+        if self.positions == "learned2d" and self.width % 2:
+            raise UserError(f"two learned tables need a width that is a multiple of 2, not {self.width}")
+        if self.positions == "rotary" and self.head_width % 4:
+            raise UserError(f"rotary positions need heads of a multiple of 4 numbers, not {self.head_width}")
+        if self.position_layers != "stem" and self.positions not in ("learned", "learned2d"):
+            raise UserError(
+                f"only learned and learned2d positions can stand before each block (position_layers), not {self.positions}"
+            )
+        if self.rotary_base <= 0:
+            raise UserError(f"the base of rotary positions must be above 0, not {self.rotary_base}")
+        if self.registers < 0:
+            raise UserError(f"a ViT cannot have {self.registers} registers")
+        if self.distillation_token and not self.class_token:
+            raise UserError("a distillation token stands beside a class token, and the model has none")
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"a ViT's {name} must lie in [0, 1), not {getattr(self, name)}")
-        check_size(self.image, self.patch)
+        check_size(self.image, self.stride)
 
     @property
     def prefixes(self) -> int:
-        return 1 if self.class_token else 0
+        return self.class_token + self.distillation_token + self.registers
+
+    @property
+    def placed_prefixes(self) -> int:
+        """The prefix tokens that have a row of learned positions."""
+        return self.class_token + self.distillation_token if self.prefix_positions else 0
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Pixels a token, (height, width)."""
+        cell = 1 if self.trunk is None else self.trunk.stride
+        return self.patch[0] * cell, self.patch[1] * cell
 
     @property
     def grid(self) -> tuple[int, int]:
-        return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
+        return self.image[0] // self.stride[0], self.image[1] // self.stride[1]
 
     def tokens(self, size: tuple[int, int] | None = None) -> int:
         """Tokens, prefix included, that a picture of `size` pixels (the config's own, if None) becomes."""
         size = size or self.image
-        check_size(size, self.patch)
-        return (size[0] // self.patch[0]) * (size[1] // self.patch[1]) + self.prefixes
+        check_size(size, self.stride)
+        return (size[0] // self.stride[0]) * (size[1] // self.stride[1]) + self.prefixes
 
     def parameters(self) -> int:
         """The closed formula: exactly what `build().parameters()` count, without building."""
         d, m = self.width, self.mlp
-        y, x = self.grid
-        embedding = self.channels * self.patch[0] * self.patch[1] * d + d + self.prefixes * d
-        positions = (y * x + self.prefixes) * d if self.positions == "learned" else 0
-        block = (4 * d * d + 4 * d) + (2 * d * m + m + d) + 4 * d
-        return embedding + positions + self.depth * block + 2 * d
+        trunk = 0 if self.trunk is None else self.trunk.parameters(self.channels)
+        embedding = self._patch_numbers * d + d * self.patch_bias + self.prefixes * d
+        attention = 4 * d * d + d + 3 * d * self.qkv_bias + 4 * self.head_width * self.qk_norm
+        feed_forward = 2 * d * m + m + d if self.feed_forward == "mlp" else 3 * d * m + 2 * m + d
+        block = attention + feed_forward + 4 * d + 2 * d * self.layer_scale
+        norms = 2 * d * (self.pre_norm + self.final_norm)
+        return trunk + embedding + self._position_parameters() + self.depth * block + norms
 
     def macs(self, size: tuple[int, int] | None = None) -> int:
-        """Multiply-accumulates of one picture's forward pass: dense layers and attention's two products."""
+        """Multiply-accumulates of one picture's forward pass: dense layers, convolutions and attention's products."""
         t, d, m = self.tokens(size), self.width, self.mlp
-        embedding = (t - self.prefixes) * self.channels * self.patch[0] * self.patch[1] * d
-        return embedding + self.depth * (4 * t * d * d + 2 * t * t * d + 2 * t * d * m)
+        n = t - self.prefixes
+        trunk = 0 if self.trunk is None else self.trunk.macs(size or self.image, self.channels)
+        relative = n * (2 * n - 1) * d if self.positions == "relative" else 0
+        feed_forward = (2 if self.feed_forward == "mlp" else 3) * t * d * m
+        block = 4 * t * d * d + 2 * t * t * d + relative + feed_forward
+        return trunk + n * self._patch_numbers * d + self.depth * block
+
+    @property
+    def _patch_numbers(self) -> int:
+        return self.patch[0] * self.patch[1] * (self.channels if self.trunk is None else self.trunk.channels)
+
+    def _position_parameters(self) -> int:
+        y, x = self.grid
+        if self.positions == "relative":
+            return (2 * y * x - 1) * self.width
+        if self.positions not in ("learned", "learned2d"):
+            return 0
+        grid = y * x * self.width if self.positions == "learned" else (y + x) * (self.width // 2)
+        tables = self.depth if self.position_layers == "every" else 1
+        return tables * (grid + self.placed_prefixes * self.width)
 
     def build(self, seed: int = 0, device: str | torch.device = "cpu") -> "ViT":
         """With the official initialisation, the same numbers for a seed on any device; on "meta", without any."""
@@ -109,24 +188,33 @@ class ViT(nn.Module):
         )
         self.width = config.width
         self.depth = config.depth
-        self.patch_embedding = PatchEmbedding(config.patch, config.channels, config.width)
+        self.trunk = None if config.trunk is None else Trunk(config.trunk, config.channels)
+        channels = config.channels if config.trunk is None else config.trunk.channels
+        self.patch_embedding = PatchEmbedding(config.patch, channels, config.width, config.patch_bias)
         self.prefix = nn.Parameter(torch.empty(config.prefixes, config.width)) if config.prefixes else None
-        self.position_embedding: LearnedPositions | SinCosPositions | None = None
-        if config.positions == "learned":
-            self.position_embedding = LearnedPositions(
-                config.prefixes, config.grid, config.width, config.numerics.resample
-            )
-        elif config.positions == "sincos2d":
-            self.position_embedding = SinCosPositions(config.prefixes, config.width)
+        self.position_embedding = build_positions(config)
         self.encoder = Encoder(
-            config.width, config.depth, config.heads, config.mlp, config.numerics, config.dropout, config.drop_path
+            config.width,
+            config.depth,
+            config.heads,
+            config.mlp,
+            config.numerics,
+            config.dropout,
+            config.drop_path,
+            Variant(config.qkv_bias, config.qk_norm, config.layer_scale, config.feed_forward),
+            config.pre_norm,
+            config.final_norm,
         )
 
     def initialize(self, generator: torch.Generator) -> None:
         """The official initialisation, in place; the generator must be on the parameters' device."""
+        if self.trunk is not None:
+            self.trunk.initialize(generator)
         self.patch_embedding.initialize(generator)
         if self.prefix is not None:
             nn.init.zeros_(self.prefix)
+            # What has no position, and begins equal, would stay equal.
+            nn.init.normal_(self.prefix.detach()[int(self.config.class_token) :], std=0.02, generator=generator)
         if self.position_embedding is not None:
             self.position_embedding.initialize(generator)
         self.encoder.initialize(generator)
@@ -138,18 +226,25 @@ class ViT(nn.Module):
     @checkpointing.setter
     def checkpointing(self, wanted: bool) -> None:
         self.encoder.checkpointing = wanted
+        if self.trunk is not None:
+            self.trunk.checkpointing = wanted
 
     def tokenize(self, images: Float[Tensor, "b c h w"]) -> Tokens:
         """Normalised pictures, of any size that the patch divides, to patch tokens without positions."""
-        return self.patch_embedding(images)
+        check_pictures(images, self.config.channels, self.config.stride)
+        return self.patch_embedding(images if self.trunk is None else self.trunk(images))
 
     def positions(self, tokens: Tokens) -> Positions:
         """For prefix and patch tokens; resampled where `tokens.grid` is not the model's own."""
         if self.position_embedding is None:
             return Positions()
-        positions: Positions = self.position_embedding(tokens)
-        assert positions.stem is not None
-        return replace(positions, stem=positions.stem.to(self.patch_embedding.weight.dtype))
+        made: Positions = self.position_embedding(tokens)
+        dtype = self.patch_embedding.weight.dtype
+        return replace(
+            made,
+            stem=None if made.stem is None else made.stem.to(dtype),
+            per_layer=None if made.per_layer is None else tuple(table.to(dtype) for table in made.per_layer),
+        )
 
     def encode(self, tokens: Tokens, positions: Positions, keep: tuple[int, ...] = ()) -> Features:
         """Prefix tokens set before the patch tokens, positions added, through all blocks and the final norm.
@@ -174,32 +269,55 @@ class ViT(nn.Module):
 
     def layer_of(self, parameter: str) -> int:
         """0 for what comes before the first block, 1 + i for block i, depth + 1 for the final norm."""
-        if parameter.startswith("encoder.blocks."):
-            return 1 + int(parameter.split(".")[2])
-        if parameter.startswith("encoder.norm."):
+        words = parameter.split(".")
+        if words[:2] == ["encoder", "blocks"]:
+            return 1 + int(words[2])
+        if words[:2] == ["encoder", "norm"]:
             return self.depth + 1
-        if parameter.split(".")[0] in ("patch_embedding", "prefix", "position_embedding"):
+        if words[0] == "position_embedding" and self.config.position_layers == "every":
+            return 1 + int(words[1])
+        before = ("patch_embedding", "prefix", "position_embedding", *(("trunk",) if self.trunk is not None else ()))
+        if words[0] in before or words[:2] == ["encoder", "pre_norm"]:
             return 0
         raise ValueError(f"a ViT has no parameter {parameter!r}")
 
     def _split(self, x: Tensor, grid: tuple[int, ...] | None, layers: tuple[Features, ...] = ()) -> Features:
         prefixes = self.config.prefixes
-        return Features(x[:, :prefixes], x[:, prefixes:], grid, self.config.patch, layers)
+        return Features(x[:, :prefixes], x[:, prefixes:], grid, self.config.stride, layers)
 
 
-def resize_backbone(vit: ViT, image: tuple[int, int]) -> None:
+def build_positions(config: ViTConfig) -> PositionTable | PositionsBeforeEachBlock | None:
+    """The module that makes this config's positions; None where it has none."""
+    rule, placed = config.numerics.resample, config.placed_prefixes
+    match config.positions:
+        case "none":
+            return None
+        case "sincos2d":
+            return SinCosPositions(config.prefixes, config.width)
+        case "rotary":
+            return RotaryPositions(config.grid, config.head_width, config.rotary_base)
+        case "relative":
+            return RelativePositions(config.grid, config.width, config.heads, rule)
+    kind = LearnedPositions if config.positions == "learned" else LearnedPositions2d
+    count = config.depth if config.position_layers == "every" else 1
+    tables = [kind(placed, config.grid, config.width, rule, config.prefixes - placed) for _ in range(count)]
+    return tables[0] if config.position_layers == "stem" else PositionsBeforeEachBlock(tables, config.depth)
+
+
+def resize_backbone(backbone: ViT | ResNet, image: tuple[int, int]) -> None:
     """Makes `image` (height, width) the model's own size, in place.
 
-    A learned position grid becomes a new, trainable parameter, resampled by the model's own rule: make the optimiser
+    A learned position table becomes a new, trainable parameter, resampled by the model's own rule: make the optimiser
     afterwards. The preprocessing follows: its size, and its resizing by the same factor.
     """
-    config = replace(vit.config, image=image)
-    table = vit.position_embedding
-    if isinstance(table, LearnedPositions):
-        resampled = resample_grid(table.grid.detach(), config.grid, table.rule)
-        table.grid = nn.Parameter(resampled.clone(), requires_grad=table.grid.requires_grad)
-    vit.config = config
-    vit.preprocess = resize_preprocess(vit.preprocess, image)
+    if isinstance(backbone, ResNet):
+        backbone.config = replace(backbone.config, image=image)
+    else:
+        config = replace(backbone.config, image=image)
+        if backbone.position_embedding is not None:
+            backbone.position_embedding.resize(config.grid)
+        backbone.config = config
+    backbone.preprocess = resize_preprocess(backbone.preprocess, image)
 
 
 def resize_preprocess(preprocess: Preprocess, size: tuple[int, int]) -> Preprocess:
