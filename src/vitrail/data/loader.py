@@ -8,7 +8,10 @@ Processes take every count-th row of each global batch; the union of their rows 
 """
 
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -44,20 +47,23 @@ class Order:
     samples: int
     seed: int = 0
     shuffle: bool = True
-    weights: tuple[float, ...] | None = None
+    # Not hashed: a million numbers for each batch.
+    weights: tuple[float, ...] | None = field(default=None, hash=False)
 
     @property
     def steps(self) -> int:
         return -(-self.samples // self.batch)
 
     def keys(self, step: int) -> list[Key]:
-        first = step * self.batch
-        places = range(first, min(first + self.batch, self.samples))
-        keys = [(place // self.count, int(self._epoch(place // self.count)[place % self.count])) for place in places]
+        """The rows of the global batch of one step; `batch` of them."""
+        place, end = step * self.batch, min((step + 1) * self.batch, self.samples)
+        keys: list[Key] = []
+        while place < end:
+            epoch, first = divmod(place, self.count)
+            some = _indices(self, epoch)[first : first + end - place].tolist()
+            keys += [(epoch, index) for index in some]
+            place += len(some)
         return keys + [FILL] * (self.batch - len(keys))
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        return _indices(self, epoch)
 
 
 @lru_cache(maxsize=4)
@@ -129,6 +135,28 @@ def _collate(rows: list[_Row]) -> tuple[Batch, dict[int, str]]:
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
+def _stand_apart(_worker: int) -> None:
+    """A worker leaves the training's process group: a Ctrl-C or SIGTERM to the group is for the training to act on, which
+    still needs its workers until the step is done."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def _workers_started(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """iter(loader), without the handler of SIGCHLD that it installs.
+
+    That one raises in whatever line the training is at, a save among them, once a worker has died. The loader also looks
+    after its workers while it waits for them, every five seconds, where an error can be dealt with.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 @dataclass
 class PictureLoader:
     """This process's share of an `Order`, as batches of uint8 pixels.
@@ -138,6 +166,7 @@ class PictureLoader:
         of what is free. Small pictures then cost nothing after the first pass.
     strict: the first unreadable picture is an error.
     problems: index -> why it could not be read, filled as pictures are met.
+    said: the reasons that were already printed; loaders of the same pictures share it, so that each is named once.
     """
 
     source: Source
@@ -148,6 +177,7 @@ class PictureLoader:
     strict: bool = False
     start_method: StartMethod | None = None
     problems: dict[int, str] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
     _held: torch.Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -157,7 +187,7 @@ class PictureLoader:
             )
         preprocess = self.transform.preprocess
         size = len(self.source) * preprocess.channels * preprocess.size[0] * preprocess.size[1]
-        self.hold = self.hold and not self.transform.random and size <= memory() // 4
+        self.hold = self.hold and not self.transform.random and size <= memory() // 4 // ranks.count()
 
     def __len__(self) -> int:
         return self.order.steps
@@ -192,20 +222,21 @@ class PictureLoader:
             collate_fn=_collate,
             multiprocessing_context=multiprocessing.get_context(method) if workers else None,
             prefetch_factor=4 if workers else None,
+            worker_init_fn=_stand_apart if workers else None,
             generator=torch.Generator(),  # else the loader takes its base seed from the global generator
         )
-        batches = iter(loader)
+        batches = _workers_started(loader) if workers else iter(loader)
         while True:
             try:
                 batch, problems = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if not str(error).startswith("DataLoader worker (pid"):
                     raise
                 raise UserError(
-                    "A data worker died (most often the machine ran out of memory); give a smaller --workers and "
-                    "continue with --resume."
+                    "A data worker died (most often because the machine, or its shared memory, ran out of memory); give "
+                    "a smaller --workers and continue with --resume."
                 ) from error
             self._note(problems)
             yield batch
@@ -213,10 +244,12 @@ class PictureLoader:
     def _note(self, problems: dict[int, str]) -> None:
         new = {index: problem for index, problem in problems.items() if index not in self.problems}
         if new and self.strict:
-            raise UserError(next(iter(new.values())) + " (--strict ends at the first such picture.)")
+            raise UserError(f"--strict: {next(iter(new.values()))}")
         for problem in new.values():
-            print(f"left out: {problem}", file=sys.stderr, flush=True)
+            if problem not in self.said:
+                print(f"left out: {problem}", file=sys.stderr, flush=True)
         self.problems.update(new)
+        self.said.update(new.values())
 
     def _fill(self) -> None:
         """Reads every picture once, in the source's order."""
@@ -233,8 +266,10 @@ class PictureLoader:
         index = torch.tensor([index for _, index in keys])
         readable = [key >= 0 and key not in self.problems for key in index.tolist()]
         labels = torch.from_numpy(np.where(index >= 0, self.source.labels[index], 0))
+        pixels = self._held[index]
+        pixels[index < 0] = 0  # as when they are read
         return Batch(
-            views=(self._held[index],),
+            views=(pixels,),
             targets=Labels(labels) if bool((labels >= 0).all()) else None,
             valid=torch.tensor(readable),
             index=index,

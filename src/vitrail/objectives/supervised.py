@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitrail.core.device import mix
+from vitrail.core.errors import UserError
 from vitrail.core.types import Batch, Loss, Preprocess, Progress
 from vitrail.data.augment import Augmentation
 
@@ -46,8 +47,9 @@ class Supervised:
     smoothing: float = 0.0
 
     def __call__(self, batch: Batch, seed: int) -> Loss:
-        """The mean over valid rows; zero, with gradients of zero, where no row is valid."""
-        assert batch.targets is not None, "classification needs labels"
+        """The mean over valid rows; zero, with gradients of zero, where no row is valid. Raises UserError without labels."""
+        if batch.targets is None:
+            raise UserError("A picture of the training data has no label; give each one a class, or leave it out.")
         batch = self.augmentation(batch, self.classes, self.preprocess, mix("augment", seed))
         assert batch.targets is not None
         logits = self.model(batch.views[0]).float()

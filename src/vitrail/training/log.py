@@ -5,20 +5,61 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
+from vitrail.core import ranks
 from vitrail.core.errors import UserError
+from vitrail.core.types import Batch
 
 
+@runtime_checkable
 class Log(Protocol):
     """Told of each interval of training and of each evaluation: a flat line of numbers that holds "step"."""
 
     def __call__(self, line: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Interval:
+    """Sums over the steps since something was last said, kept on the device so that no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        self.steps, self.pictures, self.idle, self.busy = 0, 0, 0.0, 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts the clock; time spent on evaluating and saving is not training time."""
+        self.mark = self.asked = time.monotonic()
+
+    def wait(self) -> None:
+        self.asked = time.monotonic()
+
+    def waited(self) -> float:
+        return time.monotonic() - self.asked
+
+    def add(self, loss: Tensor, batch: Batch, waited: float) -> None:
+        """loss: this process's part of the step's mean."""
+        self.loss += loss.detach()
+        self.steps += 1
+        self.pictures += batch.valid.shape[0] * ranks.count()
+        self.idle += waited
+        now = time.monotonic()
+        self.busy, self.mark = self.busy + now - self.mark, now
+
+    def line(self) -> dict[str, float]:
+        """To be asked for by all processes: the loss is the mean over all of them."""
+        return {
+            "loss": float(ranks.reduce_sum(self.loss)) / max(self.steps, 1),
+            "images_per_second": round(self.pictures / max(self.busy, 1e-9), 2),
+            "input_bound_percent": round(100 * self.idle / max(self.busy, 1e-9), 2),
+        }
 
 
 class Metrics:
@@ -38,10 +79,11 @@ class Metrics:
 class TensorBoard:
     """Event files for `tensorboard --logdir`."""
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start: int | None) -> None:
+        """start: the step that a continued run goes on from; what was said of later ones is hidden."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and most commands never need it
 
-        self._writer = SummaryWriter(str(folder), purge_step=start or None)
+        self._writer = SummaryWriter(str(folder), purge_step=start)
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         for name, value in line.items():
