@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -43,14 +44,14 @@ def parse(kind: type[T], arguments: Sequence[str], verb: str, default: T | None 
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise UserError(
-            f"vitrail {verb}: {_first_sentence(said.getvalue())} (vitrail {verb} --help lists all)."
-        ) from None
+        raise UserError(f"vitrail {verb}: {_sentence(said.getvalue())} (vitrail {verb} --help lists all).") from None
 
 
 def read_toml(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any], str]:
     """Takes `--config FILE` out of the arguments; (the rest, the file's settings, its name)."""
-    rest, settings, name = list(arguments), {}, ""
+    rest, settings, name = [], {}, ""
+    for argument in arguments:
+        rest += argument.split("=", 1) if argument.startswith("--config=") else [argument]
     while "--config" in rest:
         place = rest.index("--config")
         if place + 1 == len(rest):
@@ -80,16 +81,28 @@ def _flags(kind: Any) -> Iterator[str]:
                 yield f"--no-{name}"
 
 
-def _first_sentence(boxed: str) -> str:
-    """What tyro says in the first part of its box, on one line."""
-    words: list[str] = []
+def _sentence(boxed: str) -> str:
+    """What tyro says in the first part of its box, on one line, in our words where its own speak of Python."""
+    parts: list[list[str]] = [[]]
     for line in boxed.splitlines():
-        text = line.strip("│╭╮╰╯ ")
-        if line.startswith("│") and text.startswith("──"):
-            break
-        if line.startswith("│"):
-            words += text.split()
-    return " ".join(words).rstrip(".") or "the arguments could not be read"
+        text = line.strip("│ ")
+        # Where the output is not UTF-8 the box has no sides, and a rule of hyphens under its title.
+        if text.startswith(("╭", "╰", "──", "-----")):
+            parts.append([])
+        else:
+            parts[-1] += text.split()
+    said = " ".join(parts[1] if len(parts) > 1 else []).rstrip(".")
+    if number := re.match(
+        r"Error parsing (\S+): (invalid literal for int|could not convert string to float).*: (.*)", said
+    ):
+        flag, kind, value = number.groups()
+        return f"{flag} {value} is not a {'whole ' if 'int' in kind else ''}number"
+    if several := re.match(r"Error parsing (\S+): no type matching (.*) could be instantiated from \[(.*?)\]", said):
+        flag, kinds, values = several.groups()
+        return f"{flag} {values.replace(',', '')} does not fit {kinds}"
+    if missing := re.match(r"Missing from .*?: (\S+) (?:[A-Z]{2,} )?(.*?) ?\(required\)", said):
+        return f"{missing[1]} is missing: {missing[2].rstrip('.')}"
+    return said or "the arguments could not be read"
 
 
 def shown(line: str) -> None:

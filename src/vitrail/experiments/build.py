@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from vitrail.core import ranks
@@ -67,22 +67,26 @@ def task(recipe: Recipe, classes: tuple[str, ...], preprocess: Preprocess) -> Ca
     return lambda model: Supervised(model, len(classes), preprocess, recipe.augmentation, loss.loss, loss.smoothing)
 
 
-def training_loader(recipe: Recipe, train: Source, preprocess: Preprocess, some_steps: int = 0) -> PictureLoader:
-    """The training stream; `some_steps`: only that many batches of it, to measure with."""
+def training_loader(
+    recipe: Recipe, train: Source, preprocess: Preprocess, said: set[str], some_steps: int = 0
+) -> PictureLoader:
+    """The training stream; `some_steps`: only that many batches of it, to measure with. said: see PictureLoader."""
     count = some_steps * recipe.data.batch or samples(recipe, DataFacts(len(train), len(train.classes), 0, 0))
     weights = balanced(train.labels) if recipe.data.balance else None
     order = Order(len(train), recipe.data.batch, count, recipe.run.seed, weights=weights)
     assert recipe.data.crop != "planned"
     transform = Transform(preprocess, recipe.data.crop)
     workers = 0 if some_steps else recipe.data.workers
-    return PictureLoader(train, transform, order, workers, hold=not some_steps, strict=recipe.data.strict)
+    return PictureLoader(train, transform, order, workers, not some_steps, recipe.data.strict, said=said)
 
 
-def evaluation_loader(recipe: Recipe, source: Source, preprocess: Preprocess, hold: bool) -> PictureLoader:
+def evaluation_loader(
+    recipe: Recipe, source: Source, preprocess: Preprocess, said: set[str], hold: bool
+) -> PictureLoader:
     """Every picture once, in order; `hold` where they will be asked for again."""
     batch = max(recipe.data.batch // ranks.count(), 1) * ranks.count()
     order = Order(len(source), batch, len(source), shuffle=False)
-    return PictureLoader(source, Transform(preprocess), order, recipe.data.workers, hold=hold)
+    return PictureLoader(source, Transform(preprocess), order, recipe.data.workers, hold, recipe.data.strict, said=said)
 
 
 def save_model(model: nn.Module, path: Path) -> None:
@@ -91,7 +95,7 @@ def save_model(model: nn.Module, path: Path) -> None:
         native.save(model, path)
         return
     tensors = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
-    write_whole(path, lambda part: save_file(tensors, part))
+    write_whole(path, lambda part: part.write_bytes(save(tensors)))
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 Also what goes on record so that a result can be traced: versions and the commit.
 """
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -17,7 +18,7 @@ from torch import nn
 
 from vitrail.core.device import cores, memory
 from vitrail.core.types import Batch, Objective, Source
-from vitrail.data.decode import decode
+from vitrail.data.decode import UnreadablePicture, opened
 from vitrail.data.loader import PictureLoader
 from vitrail.experiments.plan import Machine
 from vitrail.experiments.recipe import Recipe
@@ -25,12 +26,15 @@ from vitrail.training.loop import Pace, fit
 
 
 def picture_sizes(source: Source, most: int) -> list[tuple[int, int]]:
-    """(height, width) of some pictures, spread evenly over the source."""
+    """(height, width) of some pictures, spread evenly over the source; those that cannot be read are passed over."""
     found = []
     for index in np.linspace(0, len(source) - 1, min(most, len(source)), dtype=int):
         sample = source[int(index)]
-        width, height = decode(sample.picture, 3, name=sample.name).size
-        found.append((height, width))
+        if isinstance(sample.picture, np.ndarray):
+            found.append((sample.picture.shape[0], sample.picture.shape[1]))
+            continue
+        with contextlib.suppress(UnreadablePicture), opened(sample.picture, sample.name) as file:
+            found.append(file.size)
     return found
 
 
@@ -67,7 +71,7 @@ def measure_step(
     reading: list[float] = []
     precision = recipe.run.precision
     assert precision != "planned"
-    pace = Pace(precision=precision, accumulate=recipe.run.accumulate, evaluate_every=10**9, log_every=10**9)
+    pace = Pace(precision=precision, accumulate=recipe.run.accumulate, evaluate_every=10**9, log_every=10**9, checks=0)
 
     class Timed:
         def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from vitrail.core import ranks
 from vitrail.core.errors import UserError
@@ -11,25 +12,30 @@ from vitrail.experiments.recipe import FREE_ON_RESUME, Recipe, flat, with_settin
 
 def open_folder(recipe: Recipe) -> tuple[RunFolder | None, Recipe]:
     """The run folder, held by the first process, and the recipe with its place (and, when resuming, its settings) known."""
-    path, folder, problem = recipe.run.out, None, ""
-    if ranks.first():
-        try:
-            path = recipe.run.out or _place(recipe)
-            if not recipe.run.dry_run:
-                folder = RunFolder(path)
-                if recipe.run.resume:
-                    recipe = _recall(recipe, folder)
-                elif folder.started:
-                    raise UserError(
-                        f"--out {path} already holds a run; add --resume to go on with it, or give another folder."
-                    )
-        except UserError as error:
-            problem = str(error)
-    # A refusal must reach every process, or the others would wait for the first one for ever.
-    problem, path, settings = ranks.from_first((problem, path, flat(recipe)))
-    if problem:
-        raise UserError(problem)
-    return folder, with_settings(recipe, {**settings, "out": str(path)}, "the run folder")
+    folder: RunFolder | None = None
+
+    def find() -> dict[str, Any]:
+        nonlocal folder
+        path, settings = recipe.run.out or _place(recipe), flat(recipe)
+        if recipe.run.resume and not (path / "config.json").exists():
+            raise UserError(f"--resume: {path} holds no run to go on with; leave --resume out to start one there.")
+        if not recipe.run.dry_run or recipe.run.resume:
+            folder = RunFolder(path)
+            if recipe.run.resume:
+                settings = flat(_recall(recipe, folder))
+            elif folder.started:
+                raise UserError(
+                    f"--out {path} already holds a run; add --resume to go on with it, or give another folder."
+                )
+        return {**settings, "out": str(path)}
+
+    try:
+        settings = ranks.by_first(find)
+        return folder, with_settings(recipe, settings, "the run folder")
+    except UserError:
+        if folder is not None:
+            folder.close()
+        raise
 
 
 def _place(recipe: Recipe) -> Path:
@@ -52,16 +58,14 @@ def _place(recipe: Recipe) -> Path:
 
 def _recall(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The settings that the run began with; what is asked for now must not contradict them."""
-    if not folder.started:
-        raise UserError(f"--resume: {folder.path} holds no run to go on with; leave --resume out to start one there.")
-    config = read_json(folder.file("config.json"))
-    if not isinstance(config, dict) or "settings" not in config:
-        raise UserError(f"{folder.file('config.json')} is not a Vitrail run's; give the folder of a Vitrail run.")
-    if config.get("format", 0) > FORMAT:
-        raise UserError(
-            f"{folder.file('config.json')} has format {config['format']}, newer than this version's {FORMAT}; "
-            "update vitrail."
-        )
+    path = folder.file("config.json")
+    config = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+        raise UserError(f"{path} is not a Vitrail run's; give the folder of a Vitrail run.")
+    if config["format"] > FORMAT:
+        raise UserError(f"{path} has format {config['format']}, newer than this version's {FORMAT}; update vitrail.")
+    if not all(isinstance(config.get(entry), dict) for entry in ("requested", "settings", "data")):
+        raise UserError(f"{path} is damaged (its settings or data are not there); restore it from a copy.")
     began, default, now = config["requested"], flat(dataclasses.replace(Recipe(), own=recipe.own)), flat(recipe)
     for name, value in now.items():
         if name not in FREE_ON_RESUME and value != began.get(name) and value != default[name]:
@@ -70,4 +74,4 @@ def _recall(recipe: Recipe, folder: RunFolder) -> Recipe:
                 "it began with, or start a new run with another --out."
             )
     free = {name: value for name, value in now.items() if name in FREE_ON_RESUME and value != default[name]}
-    return with_settings(recipe, {**config["settings"], **free}, str(folder.file("config.json")))
+    return with_settings(recipe, {**config["settings"], **free}, str(path))

@@ -11,7 +11,6 @@ from typing import Any
 
 from vitrail.core.types import Preprocess
 from vitrail.experiments.recipe import Recipe
-from vitrail.models.vit import ViTConfig
 from vitrail.weights import zoo
 
 SMALL = 64
@@ -39,18 +38,17 @@ class Machine:
 
 
 def plan(
-    recipe: Recipe, facts: DataFacts, machine: Machine, start: tuple[ViTConfig, Preprocess] | None = None
+    recipe: Recipe, facts: DataFacts, machine: Machine, start: tuple[int, Preprocess] | None = None
 ) -> tuple[Recipe, list[str]]:
-    """Fills in all but the length. start: the model and preprocessing of the weights that the run starts from."""
+    """Fills in all but the length. start: width and preprocessing of the weights that the run starts from."""
     given, said = recipe, []
     pretrained = start is not None
     if start is not None:
-        config, preprocess = start
+        width, preprocess = start
         size = given.data.size or preprocess.size
         recipe = change(recipe, "data", size=tuple(size))
         recipe = change(recipe, "model", model=given.model.model or "as the weights have it")
         tiny = max(size) <= SMALL
-        width = config.width
     else:
         tiny = max(given.data.size or (facts.height, facts.width)) <= SMALL
         if not given.data.size:
@@ -58,23 +56,16 @@ def plan(
             size = (_up(facts.height, 4), _up(facts.width, 4)) if tiny else (side, side)
             recipe = change(recipe, "data", size=size)
             said.append(f"size {size[0]} x {size[1]}: the pictures are {facts.height} x {facts.width} (median)")
-        if not given.model.model:
-            name = "ViT-Nano/4" if tiny else "ViT-S/16" if machine.kind == "cuda" else "ViT-Ti/16"
-            recipe = change(recipe, "model", model=name)
-            said.append(f"model {name}: for random weights, {facts.pictures:,} pictures and a {machine.kind}")
-        width = zoo.config(recipe.model.model, image=pair(recipe.data.size)).width
-        # Learned positions and a class token need more pictures than most people have: see docs/log.md.
-        if given.model.pool == "planned":
-            recipe = change(recipe, "model", pool="mean")
-        if given.model.positions == "planned":
-            recipe = change(recipe, "model", positions="sincos2d")
-        if "planned" in (given.model.pool, given.model.positions):
-            said.append(
-                f"pool {recipe.model.pool}, positions {recipe.model.positions}: learn faster from random weights than "
-                "the paper's class token and learned positions (--pool class --positions learned)"
-            )
+        width = 384
+        if recipe.own.network is None:
+            recipe, lines = _plan_model(recipe, facts, machine, tiny)
+            said += lines
+            width = zoo.config(recipe.model.model, image=pair(recipe.data.size)).width
     if given.data.crop == "planned":
         recipe = change(recipe, "data", crop="none" if tiny else "inception")
+    if tiny and not pretrained and given.augmentation == Recipe().augmentation:
+        recipe = change(recipe, "augmentation", shift=1)
+        said.append("shift 1: small pictures are learned whole, moved by a pixel (any flag of augmentation ends this)")
     if not given.data.batch:
         batch = 64 if facts.pictures < 5_000 else 128 if machine.kind == "cpu" else 512
         recipe = change(recipe, "data", batch=batch)
@@ -88,6 +79,28 @@ def plan(
         rate = base_rate(recipe.optimiser.optimiser, width, pretrained)
         recipe = change(recipe, "optimiser", rate=rate)
         said.append(f"rate {rate:g}: {recipe.optimiser.optimiser}, {'pre-trained' if pretrained else 'random'} weights")
+    return recipe, said
+
+
+def _plan_model(recipe: Recipe, facts: DataFacts, machine: Machine, tiny: bool) -> tuple[Recipe, list[str]]:
+    given, said = recipe.model, []
+    if not given.model:
+        name = "ViT-S/16" if machine.kind == "cuda" else "ViT-Ti/16"
+        if tiny:
+            # 16 tokens: in minutes of a processor, many epochs of few words beat few of many (docs/log.md).
+            size = pair(recipe.data.size)
+            name = f"ViT-Ti/{_sides(size, 8)}" if machine.kind == "cuda" else f"ViT-Nano/{_sides(size, 4)}"
+        recipe = change(recipe, "model", model=name)
+        said.append(f"model {name}: for random weights, {facts.pictures:,} pictures and a {machine.kind}")
+    if given.pool == "planned":
+        recipe = change(recipe, "model", pool="mean")
+    if given.positions == "planned":
+        recipe = change(recipe, "model", positions="sincos2d")
+    if "planned" in (given.pool, given.positions):
+        said.append(
+            f"pool {recipe.model.pool}, positions {recipe.model.positions}: they learn faster from random weights than the "
+            "paper's class token and learned positions (--pool class --positions learned)"
+        )
     return recipe, said
 
 
@@ -113,9 +126,8 @@ def plan_length(
         minutes = recipe.length.minutes or (10.0 if machine.kind == "cpu" else 30.0)
         each = steps_an_epoch * step_seconds + epoch_seconds / recipe.run.evaluate_every
         epochs = minutes * 60 / each
-        epochs = (
-            max(1.0, float(math.floor(epochs))) if recipe.length.minutes else min(max(1.0, math.floor(epochs)), 100.0)
-        )
+        epochs = max(1.0, float(math.floor(epochs)))
+        epochs = epochs if recipe.length.minutes else min(epochs, 100.0)
         recipe = change(recipe, "length", epochs=epochs)
         said.append(f"{epochs:g} epochs: about {minutes:g} minutes at {each:.1f} s an epoch (--epochs or --minutes)")
     if recipe.schedule.warmup < 0:
@@ -142,6 +154,12 @@ def pair(size: tuple[int, ...]) -> tuple[int, int]:
 
 def change(recipe: Recipe, group: str, **settings: Any) -> Recipe:
     return dataclasses.replace(recipe, **{group: dataclasses.replace(getattr(recipe, group), **settings)})
+
+
+def _sides(size: tuple[int, int], cells: int) -> str:
+    """A patch, as in a model's name, that cuts `size` into `cells` by `cells`, or a little finer."""
+    height, width = (next(p for p in range(max(side // cells, 1), 0, -1) if side % p == 0) for side in size)
+    return f"{height}" if height == width else f"{height}x{width}"
 
 
 def _up(length: int, multiple: int) -> int:

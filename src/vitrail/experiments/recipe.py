@@ -6,6 +6,7 @@ Each field is also a flag of the same name (the groups leave no trace in it), a 
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,9 +166,38 @@ FINETUNE = Recipe(
 """The paper's fine-tuning (Table 4): SGD with momentum 0.9, no weight decay, clipped at global norm 1."""
 
 FREE_ON_RESUME = {
-    "out", "resume", "dry_run", "device", "workers", "log_every", "save_minutes", "wandb", "checkpointing", "strict", "baselines",
-}  # fmt: skip
+    *("out", "resume", "dry_run", "device", "workers", "log_every", "save_minutes"),
+    *("wandb", "checkpointing", "strict", "baselines"),
+}
 """Settings that may change when a run is continued, because no number depends on them."""
+
+
+RANGES = {
+    **dict.fromkeys(
+        ("dropout", "drop_path", "smoothing", "momentum", "layer_decay", "polyak", "end", "erasing"), (0, 1)
+    ),
+    **dict.fromkeys(
+        ("batch", "limit", "representation", "shift", "mixup", "cutmix", "rate", "weight_decay"), (0, None)
+    ),
+    **dict.fromkeys(("clip", "steps", "epochs", "minutes", "save_minutes", "seed"), (0, None)),
+    **dict.fromkeys(("size", "accumulate", "log_every"), (1, None)),
+    **dict.fromkeys(("workers", "warmup"), (-1, None)),
+    **{"betas": (0, 0.999999), "evaluate_every": (0.001, None)},
+}
+"""The least and the most that a setting can be; None: any number."""
+
+
+def check(recipe: Recipe) -> None:
+    """Raises UserError on the first setting that cannot be carried out."""
+    settings = flat(recipe)
+    for name, (low, high) in RANGES.items():
+        given = settings[name]
+        for value in given if isinstance(given, list) else [given]:
+            if not (math.isfinite(value) and value >= low and (high is None or value <= high)):
+                most = " up" if high is None else f" to {high:g}"
+                raise UserError(f"--{name.replace('_', '-')} is {value:g}; give a number from {low:g}{most}.")
+    if len(settings["size"]) > 2:
+        raise UserError(f"--size has {len(settings['size'])} numbers; give one, or height and width.")
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,154 @@
+"""The end of a run: its best weights measured on the pictures that chose nothing, and the report."""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor, nn
+
+from vitrail.analysis.figures import curves
+from vitrail.core import ranks
+from vitrail.core.device import Precision
+from vitrail.core.runs import RunFolder, read_json, write_json
+from vitrail.core.types import Preprocess, Row, Source
+from vitrail.core.values import to_json
+from vitrail.data.decode import UnreadablePicture
+from vitrail.data.loader import PictureLoader
+from vitrail.data.sources import limit
+from vitrail.data.transforms import Transform
+from vitrail.evaluation.baselines import pixel_baselines
+from vitrail.evaluation.metrics import Tally, evaluate, spoken
+from vitrail.experiments import build
+from vitrail.experiments.pictures import Pictures
+from vitrail.experiments.recipe import Recipe
+from vitrail.experiments.report import write_report
+from vitrail.training.log import duration
+from vitrail.training.loop import Outcome
+
+MOST_COMPARED = 20_000
+"""Training pictures that the pixel baselines look at, at most."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    folder: the run folder. rows: the final measurements, the headline first. outcome: how training ended; None after a
+    dry run.
+    """
+
+    folder: Path
+    rows: tuple[Row, ...] = ()
+    outcome: Outcome | None = None
+
+
+def measure(
+    recipe: Recipe, device: torch.device, model: nn.Module, loader: PictureLoader, precision: Precision | None = None
+) -> Tally:
+    """Every picture of the loader once, over all processes; in the recipe's precision, if no other is given."""
+    if precision is None:
+        assert recipe.run.precision != "planned"
+        precision = recipe.run.precision
+    return evaluate(model, loader, len(loader.source.classes), device=device, precision=precision, source=loader.source)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run whose training has ended."""
+
+    recipe: Recipe
+    device: torch.device
+    folder: RunFolder | None
+    pictures: Pictures
+    outcome: Outcome
+    say: Callable[[str], None]
+
+    def finish(self, model: nn.Module, preprocess: Preprocess) -> Result:
+        """Measures in fp32, so that `vitrail evaluate` gives the same numbers, and says what the run came to."""
+        place, outcome = Path(str(self.recipe.run.out)), self.outcome
+        if outcome.interrupted is not None:
+            self.say(
+                f"stopped at step {outcome.step} of {outcome.total}; all is saved in {place}; go on with the same "
+                "command and --resume."
+            )
+            return Result(place, (), outcome)
+        if self.recipe.own.objective is not None:
+            self.say(f"done: {outcome.total:,} steps in {duration(outcome.seconds)}; the run folder is {place}.")
+            return Result(place, (), outcome)
+        ranks.from_first(None)  # until the first process has written the best weights
+        model.load_state_dict(build.weights(place / "model.safetensors"))
+        split, source = self._measured_on()
+        loader = build.evaluation_loader(self.recipe, source, preprocess, self.pictures.said, False)
+        tally = measure(self.recipe, self.device, model, loader, "fp32")
+        self.pictures.note_problems(**{split: loader})
+        known = ranks.gather_objects(self.pictures.unreadable)
+        self.pictures.unreadable = {which: why for each in known for which, why in each.items()}
+        counted = len(source) - sum(map(len, ranks.gather_objects(loader.problems)))
+        rows = [dataclasses.replace(row, name=f"{split} {row.name}") for row in tally.rows(counted)]
+        baselines = ranks.by_first(lambda: self._baselines(source, preprocess)) if self.recipe.run.baselines else []
+        self._report(tally, rows, baselines, source)
+        self._tell(place, [rows[0], *baselines])
+        return Result(place, (*rows, *baselines), outcome)
+
+    def _measured_on(self) -> tuple[str, Source]:
+        splits = self.pictures.splits
+        named = (("test", splits.test), ("validation", splits.validation), ("train", splits.train))
+        return next((name, source) for name, source in named if source is not None)
+
+    def _baselines(self, source: Source, preprocess: Preprocess) -> list[Row]:
+        """Of the very pictures that the model was trained and measured on."""
+        self.say("comparing with what the pixels alone give ...")
+        train = self.pictures.splits.train
+        seen = limit(train, min(MOST_COMPARED, len(train)), self.recipe.run.seed)
+        known, asked = _pixels(seen, preprocess), _pixels(source, preprocess)
+        return pixel_baselines(*known, *asked, len(self.pictures.classes), self.recipe.run.seed)
+
+    def _tell(self, place: Path, rows: list[Row]) -> None:
+        trained = f"after {duration(self.outcome.seconds)} of training (best weights: step {self.outcome.best_step:,})"
+        self.say("")
+        for number, row in enumerate(rows):
+            self.say(f"{row.name}: {spoken(row)} pictures{' ' + trained if number == 0 else ''}")
+        if left := len(self.pictures.unreadable):
+            self.say(f"left out: {left} pictures that could not be read (named in {place}/results.json)")
+        self.say(f"run folder: {place} (report.html shows it all)")
+        if self.recipe.own.network is None:
+            self.say(f"next: vitrail predict {place} PICTURE")
+
+    def _report(self, tally: Tally, rows: list[Row], baselines: list[Row], source: Source) -> None:
+        if self.folder is None:
+            return
+        config, metrics = read_json(self.folder.file("config.json")), self.folder.metrics()
+        config["data"]["unreadable"] = self.pictures.left_out()  # those met since it was written too
+        results = {
+            "rows": [to_json(row) for row in (*rows, *baselines)],
+            "best_step": self.outcome.best_step,
+            "steps": self.outcome.total,
+            "seconds": round(self.outcome.seconds, 1),
+            "unreadable": self.pictures.left_out(),
+        }
+        write_json(self.folder.file("results.json"), results)
+        curves(metrics, self.folder.file("curves.png"))
+        write_report(
+            self.folder.path,
+            config=config,
+            metrics=metrics,
+            tally=tally,
+            rows=[*rows, *baselines],
+            source=source,
+            classes=self.pictures.classes,
+        )
+
+
+def _pixels(source: Source, preprocess: Preprocess) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, "n"]]:
+    """As an evaluation sees them, with their labels; without those that cannot be read, which were named before."""
+    transform, pixels, labels = Transform(preprocess), [], []
+    for index in range(len(source)):
+        sample = source[index]
+        with suppress(UnreadablePicture):
+            pixels.append(torch.from_numpy(transform(sample.picture, None, sample.name)))
+            labels.append(sample.label)
+    return torch.stack(pixels), torch.tensor(labels)

@@ -1,0 +1,122 @@
+"""What is planned, and what a person set and so stays as it is."""
+
+import numpy as np
+import pytest
+
+from vitrail.core.errors import UserError
+from vitrail.core.types import Preprocess, Sample
+from vitrail.experiments.costs import picture_sizes
+from vitrail.experiments.plan import DataFacts, Machine, change, pair, plan, plan_length, samples, steps
+from vitrail.experiments.recipe import RANGES, Recipe, check, flat, with_settings
+from vitrail.training.optim import Optimiser
+
+SMALL = DataFacts(pictures=10_000, classes=10, height=28, width=28)
+LARGE = DataFacts(pictures=3_000, classes=5, height=480, width=640)
+CPU = Machine("cpu", 2, 8 << 30, fast_bf16=False)
+GPU = Machine("cuda", 16, 80 << 30, fast_bf16=True)
+
+
+@pytest.mark.parametrize("facts", [SMALL, LARGE])
+@pytest.mark.parametrize("machine", [CPU, GPU])
+def test_everything_is_planned(facts: DataFacts, machine: Machine) -> None:
+    planned, said = plan(Recipe(), facts, machine)
+    planned, more = plan_length(planned, facts, machine, 0.1, 1.0)
+    settings = flat(planned)
+    assert "planned" not in settings.values()
+    for name in ("rate", "batch", "epochs"):
+        assert settings[name] > 0, name
+    assert settings["warmup"] >= 0
+    assert settings["workers"] >= 0
+    assert said
+    assert more
+    assert all(side % patch == 0 for side, patch in zip(pair(planned.data.size), (1, 1), strict=True))
+    # Pure, and settled: planning again changes nothing.
+    assert plan(Recipe(), facts, machine)[0] == plan(Recipe(), facts, machine)[0]
+    assert plan(planned, facts, machine)[0] == planned
+
+
+def test_what_was_set_is_kept() -> None:
+    given = {
+        **{"model": "ViT-S/8", "size": [32], "pool": "class", "positions": "learned", "batch": 33, "workers": 3},
+        **{"rate": 0.5, "precision": "bf16", "crop": "inception", "epochs": 7.0, "warmup": 5, "flip": False},
+    }
+    recipe = with_settings(Recipe(), given, "test")
+    planned, _ = plan(recipe, SMALL, CPU)
+    planned, said = plan_length(planned, SMALL, CPU, 0.1, 1.0)
+    assert {name: flat(planned)[name] for name in given} == given
+    assert flat(planned)["shift"] == 0
+    assert not said
+
+
+def test_starting_from_weights() -> None:
+    planned, _ = plan(Recipe(), LARGE, GPU, (768, Preprocess(size=(224, 192))))
+    assert planned.data.size == (224, 192)
+    assert planned.model.pool == planned.model.positions == "planned"  # the weights have their own
+    assert planned.optimiser.rate < plan(change(Recipe(), "model", model="ViT-B/16"), LARGE, GPU)[0].optimiser.rate
+
+
+def test_minutes_become_epochs() -> None:
+    recipe = change(Recipe(), "data", batch=100)
+    found = []
+    for minutes in (1.0, 2.0, 10.0):
+        asked = change(recipe, "length", minutes=minutes)
+        planned, _ = plan_length(asked, SMALL, CPU, step_seconds=0.1, epoch_seconds=2.0)
+        found.append(planned.length.epochs)
+    # 100 steps of 0.1 s and an evaluation of 2 s: 12 s an epoch.
+    assert found == [5, 10, 50]
+
+
+LENGTHS = [
+    ({"steps": 7}, (700, 7)),
+    ({"epochs": 2.0}, (20_000, 200)),
+    ({"epochs": 0.0105}, (105, 2)),
+    ({"steps": 3, "epochs": 9.0}, (300, 3)),
+]
+
+
+@pytest.mark.parametrize(("length", "expected"), LENGTHS)
+def test_the_first_length_counts(length: dict, expected: tuple[int, int]) -> None:
+    recipe = change(change(Recipe(), "data", batch=100), "length", **length)
+    assert (samples(recipe, SMALL), steps(recipe, SMALL)) == expected
+
+
+def test_each_number_has_a_range_and_each_default_lies_in_it() -> None:
+    check(Recipe())
+    settings = flat(Recipe())
+    assert set(RANGES) <= set(settings)
+    numbers = {
+        name for name, value in settings.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    assert numbers - set(RANGES) == {"validation", "head_bias"}  # one has its own check; the other may be any number
+    for name, (low, high) in RANGES.items():
+        for value in [low - 1] + ([] if high is None else [high + 1]):
+            wrong = [value, value] if isinstance(settings[name], list) else value
+            with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is"):
+                check(with_settings(Recipe(), {name: wrong}, "test"))
+    for name in ("rate", "epochs"):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(UserError, match=f"--{name} is"):
+                check(with_settings(Recipe(), {name: value}, "test"))
+
+
+def test_settings_by_name() -> None:
+    recipe = with_settings(Recipe(), {"betas": (0.8, 0.9), "rate": 1}, "test")
+    assert recipe.optimiser == Optimiser(betas=(0.8, 0.9), rate=1.0)
+    with pytest.raises(UserError, match=r"test has no setting named 'rte'; the nearest is 'rate'\."):
+        with_settings(Recipe(), {"rte": 1}, "test")
+    with pytest.raises(UserError, match="test: "):
+        with_settings(Recipe(), {"rate": "fast"}, "test")
+
+
+def test_sizes_of_pictures_pass_over_the_unreadable() -> None:
+    class Mixed:
+        classes, labels, fingerprint = ("a",), np.zeros(3, np.int64), "0"
+        pictures = (b"no picture", np.zeros((5, 7, 13), np.uint8), np.zeros((6, 8), np.uint8))
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Sample:
+            return Sample(str(index), self.pictures[index], 0)
+
+    assert picture_sizes(Mixed(), 32) == [(5, 7), (6, 8)]
