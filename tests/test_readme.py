@@ -1,0 +1,117 @@
+"""The README's commands, run as they stand, in an empty folder with a few photos in it.
+
+What is not as it stands: `make test` is left out, the demo gets a step limit through its own variable, and training gets
+flags that make it short. The paths are those that a reader has: examples/ and runs/ beside photos/.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = ["--steps", "2", "--batch", "4", "--workers", "0"]
+TRAINING = ("train", "finetune", "run")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """photos/cats and photos/dogs, bright and dark noise; and the examples."""
+    folder = tmp_path_factory.mktemp("reader")
+    random = np.random.default_rng(0)
+    for label, level in (("cats", 60), ("dogs", 190)):
+        (folder / "photos" / label).mkdir(parents=True)
+        for number in range(1, 11):
+            coarse = np.clip(random.normal(level, 30, (6, 8, 3)), 0, 255).astype(np.uint8)
+            photo = Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC)
+            photo.save(folder / "photos" / label / f"{number}.jpg")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """What `source .venv/bin/activate` does, for whichever environment the tests run in.
+
+    One thread, because two that wait for each other on a busy machine take ten times as long (docs/log.md).
+    """
+    binaries = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str], place: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_it_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 200
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    inside = [link for link in links if not link.startswith("http")]
+    assert len(inside) >= 4
+    assert [link for link in inside if not (ROOT / link).exists()] == []
+
+
+def test_it_names_every_verb_and_every_file_of_a_run() -> None:
+    from vitrail.cli import VERBS
+
+    for verb in VERBS:
+        assert f"`{verb}`" in README or f"`{verb} " in README, verb
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_demo(place: Path, environment: dict[str, str]) -> None:
+    assert "make demo" in COMMANDS
+    if not (ROOT / ".venv" / "bin" / "vitrail").exists():
+        pytest.skip("there is no .venv in the checkout, and a test installs nothing")
+    out = place / "runs" / "demo"
+    # -o: the environment counts as installed, whatever its age.
+    command = ["make", "-C", str(ROOT), "-o", ".venv/ready", "demo"]
+    done = run([*command, f"DEMO=--steps 20 --limit 500 --no-baselines --out {out}"], place, environment)
+    assert "20 steps" in done.stdout
+    assert re.search(r"test top-1: +[\d.]+ % \[[\d.]+, [\d.]+\] of 2,000", done.stdout)
+    assert f"next: vitrail predict {out} PICTURE" in done.stdout
+
+
+def test_the_shell_commands_in_the_order_of_the_page(place: Path, environment: dict[str, str]) -> None:
+    commands = [command for command in COMMANDS if not command.startswith("make ")]
+    assert len(commands) >= 9
+    assert {shlex.split(command)[1] for command in commands} >= {"train", "finetune", "run", "predict", "evaluate"}
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "vitrail"
+        training = words[1] in TRAINING
+        done = run([*words, *(SHORT if training else [])], place, environment)
+        if training and "--dry-run" not in words:
+            assert "2 steps of 4 pictures" in done.stdout, command
+    left = {file.name for file in (place / "runs" / "photos").iterdir()}
+    promised = set(re.findall(r"`([\w.]+\.(?:html|safetensors|pt|json|jsonl|png))`", README))
+    assert len(promised) >= 9
+    assert promised - left == set()
+    assert any("tfevents" in name for name in left)
+
+
+def test_the_python(place: Path, environment: dict[str, str]) -> None:
+    (block,) = blocks("python")
+    assert "minutes=20" in block
+    short = block.replace("minutes=20", 'steps=2, batch=4, workers=0, size=(64, 64), model="ViT-Ti/16"')
+    done = run([sys.executable, "-c", short], place, environment)
+    assert re.search(r"^(cats|dogs)$", done.stdout, re.MULTILINE)
+    assert "torch.Size([1, 16, 192]) (4, 4)" in done.stdout
+    assert (place / "untrained" / "model.safetensors").exists()
