@@ -196,7 +196,7 @@ from vitrail.data import splits
 from vitrail.data.loader import Order, PictureLoader
 from vitrail.data.transforms import Transform
 from vitrail.evaluation.metrics import evaluate
-from vitrail.weights.native import load
+from vitrail.weights.load import load
 
 torch.set_num_threads(1)
 with ranks.together(torch.device("cpu")):

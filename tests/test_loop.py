@@ -21,9 +21,10 @@ from vitrail.data.augment import Augmentation
 from vitrail.data.loader import Order
 from vitrail.objectives.supervised import Supervised, class_weights, sigmoid_cross_entropy, softmax_cross_entropy
 from vitrail.training.log import Metrics
-from vitrail.training.loop import Outcome, Pace, fit
+from vitrail.training.loop import fit
 from vitrail.training.memory import out_of_memory, split, what_fits
 from vitrail.training.optim import Optimiser, Schedule
+from vitrail.training.pace import Outcome, Pace
 from vitrail.weights.zoo import create
 
 CPU = torch.device("cpu")

@@ -26,8 +26,8 @@ ALWAYS = ("--save-minutes", "0")
 # Python for a child, run before the command.
 PLAIN = """
 # Figures and the report take longer than the training, and say nothing of it.
-import vitrail.experiments.run as run
-run.curves = run.write_report = lambda *_, **__: None
+import vitrail.experiments.results as results
+results.curves = results.write_report = lambda *_, **__: None
 """
 SLOW = """
 # Else a busy machine might train to the end before the signal is sent.

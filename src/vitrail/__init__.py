@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitrail.data.transforms import read as read
     from vitrail.experiments.run import fit as fit
-    from vitrail.weights.native import load as load
-    from vitrail.weights.native import load_backbone as load_backbone
+    from vitrail.weights.load import load as load
+    from vitrail.weights.load import load_backbone as load_backbone
     from vitrail.weights.native import save as save
     from vitrail.weights.zoo import create as create
 
 _NAMES = {
     "create": "vitrail.weights.zoo",
     "fit": "vitrail.experiments.run",
-    "load": "vitrail.weights.native",
-    "load_backbone": "vitrail.weights.native",
+    "load": "vitrail.weights.load",
+    "load_backbone": "vitrail.weights.load",
     "read": "vitrail.data.transforms",
     "save": "vitrail.weights.native",
 }

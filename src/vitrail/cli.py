@@ -12,7 +12,10 @@ VERBS = {
     "run": ("vitrail.commands.train:run_file", "carry out a recipe of your own, a Python file"),
     "predict": ("vitrail.commands.predict:run", "what a model sees in pictures"),
     "evaluate": ("vitrail.commands.evaluate:run", "how often a model is right on labelled pictures"),
-    "models": ("vitrail.commands.models:run", "the models by name, with their parameters and costs"),
+    "weights": ("vitrail.commands.weights:run", "what a checkpoint is, and what loading does to it"),
+    "convert": ("vitrail.commands.convert:run", "a checkpoint for another library, compared before it is trusted"),
+    "verify": ("vitrail.commands.verify:run", "a checkpoint's certificate; or how far two of them differ"),
+    "models": ("vitrail.commands.models:run", "the models by name, with their costs; --remote: published weights"),
     "bench": ("vitrail.commands.bench:run", "measure this machine: bench data"),
 }
 

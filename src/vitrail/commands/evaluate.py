@@ -24,7 +24,7 @@ from vitrail.data.loader import Order, PictureLoader
 from vitrail.data.sources import listed, subset
 from vitrail.data.transforms import Transform
 from vitrail.evaluation.metrics import ClassResult, Tally, evaluate, spoken
-from vitrail.weights.native import load
+from vitrail.weights.load import load
 
 Split = Literal["", "test", "validation", "train"]
 MOST_CLASSES = 60
@@ -36,7 +36,7 @@ class Settings:
     """Top-1, top-5, per class, calibration: with 95 % intervals and the exact count."""
 
     weights: tyro.conf.Positional[Path]
-    """A run's folder, or a .safetensors file that vitrail wrote."""
+    """A run's folder, a checkpoint of any known library, or an id (hf:OWNER/NAME, official:NAME, timm:NAME)."""
     data: str
     """A folder, a CSV, JSON or parquet file, hub:NAME or sample:NAME, as for training."""
     split: Split = ""
@@ -51,13 +51,21 @@ class Settings:
     """cpu, cuda, cuda:1, mps; none: the fastest there is."""
     precision: Precision = "fp32"
     """Of matrix products; bf16 is faster on most GPUs and changes probabilities in the third digit."""
+    heads: int | None = None
+    """Attention heads, for checkpoints of other libraries that cannot say."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the position table, likewise."""
+    preprocess: str = ""
+    """Preprocessing, where the checkpoint does not state it: as imagenet,bicubic,resize=256,size=224."""
 
 
 def run(settings: Settings) -> int:
     if settings.batch < 1:
         raise UserError(f"--batch is {settings.batch}; give at least 1.")
     device = pick_device(settings.device or None)
-    model = load(settings.weights).to(device)
+    model = load(
+        str(settings.weights), heads=settings.heads, grid=settings.grid, preprocess=settings.preprocess or None
+    ).to(device)
     found, what, notes = choose(settings.data, settings.split, settings.weights)
     names = model.labels or found.classes
     source = relabel(found, names, model.config.classes, settings.data)

@@ -27,7 +27,7 @@ from vitrail.data.loader import Order, PictureLoader
 from vitrail.data.sources import digest
 from vitrail.data.transforms import Transform
 from vitrail.inference.predict import BROKEN, broken, predict
-from vitrail.weights.native import load
+from vitrail.weights.load import load
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Settings:
     """The most likely classes of each picture, with their probabilities."""
 
     weights: tyro.conf.Positional[Path]
-    """A run's folder, or a .safetensors file that vitrail wrote."""
+    """A run's folder, a checkpoint of any known library, or an id (hf:OWNER/NAME, official:NAME, timm:NAME)."""
     pictures: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders (with all below them), patterns such as 'cats/*.jpg', or - for a picture on standard input."""
     top: int = 5
@@ -52,6 +52,12 @@ class Settings:
     """cpu, cuda, cuda:1, mps; none: the fastest there is."""
     precision: Precision = "fp32"
     """Of matrix products; bf16 is faster on most GPUs and changes probabilities in the third digit."""
+    heads: int | None = None
+    """Attention heads, for checkpoints of other libraries that cannot say."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the position table, likewise."""
+    preprocess: str = ""
+    """Preprocessing, where the checkpoint does not state it: as imagenet,bicubic,resize=256,size=224."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,9 @@ def run(settings: Settings) -> int:
         if value < 1:
             raise UserError(f"{flag} is {value}; give at least 1.")
     device = pick_device(settings.device or None)
-    model = load(settings.weights).to(device)
+    model = load(
+        str(settings.weights), heads=settings.heads, grid=settings.grid, preprocess=settings.preprocess or None
+    ).to(device)
     samples, problems = find(settings.pictures)
     for problem in problems:
         print(f"left out: {problem.problem}", file=sys.stderr, flush=True)

@@ -4,8 +4,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from vitrail.commands.flags import parse, read_toml
+import torch
+
+from vitrail.commands.flags import parse, read_toml, shown
 from vitrail.core.errors import UserError
+from vitrail.experiments.plan import change
 from vitrail.experiments.recipe import FINETUNE, Recipe, with_settings
 from vitrail.experiments.run import exit_code, run
 
@@ -33,8 +36,19 @@ def _carry_out(verb: str, arguments: list[str], recipe: Recipe) -> int:
     rest, settings, name = read_toml(arguments)
     recipe = parse(Recipe, rest, verb, with_settings(recipe, settings, f"--config {name}"), CONFIG)
     if verb == "finetune" and recipe.model.weights is None:
-        raise UserError("--weights is missing; give a Vitrail checkpoint to start from (a run folder, or its file).")
+        recipe = change(recipe, "model", weights=Path(_usual_weights()))
     return exit_code(run(recipe, ["vitrail", *sys.argv[1:]]).outcome)
+
+
+def _usual_weights() -> str:
+    """Says which published checkpoint is taken, and why."""
+    gpu = torch.cuda.is_available()
+    name, model, why = ("B_16", "ViT-B/16", "a GPU") if gpu else ("S_16", "ViT-S/16", "a machine without a GPU")
+    shown(
+        f"planned: --weights official:augreg/{name}, AugReg's {model} of ImageNet-21k: it transfers best of those that "
+        f"{why} trains in minutes; where there is no network, give a checkpoint of your own with --weights."
+    )
+    return f"official:augreg/{name}"
 
 
 def read_recipe(path: str) -> Recipe:

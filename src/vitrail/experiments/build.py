@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -13,12 +12,14 @@ from vitrail.core.errors import UserError
 from vitrail.core.runs import write_whole
 from vitrail.core.types import Objective, Preprocess, Source
 from vitrail.data.loader import Order, PictureLoader, balanced
+from vitrail.data.sources import listed
 from vitrail.data.transforms import Transform
 from vitrail.experiments.plan import DataFacts, pair, samples
 from vitrail.experiments.recipe import Recipe
 from vitrail.models.classifier import Classifier, replace_head
 from vitrail.objectives.supervised import Supervised
 from vitrail.weights import native, zoo
+from vitrail.weights.load import load_any
 
 
 def model(recipe: Recipe, classes: tuple[str, ...]) -> tuple[nn.Module, Preprocess]:
@@ -31,9 +32,18 @@ def model(recipe: Recipe, classes: tuple[str, ...]) -> tuple[nn.Module, Preproce
         return recipe.own.network(classes), recipe.own.preprocess
     size, hidden = pair(recipe.data.size), settings.representation or None
     if settings.weights is not None:
-        load: Any = native.load if native.describe(settings.weights).kind == "classifier" else native.load_backbone
-        made = replace_head(
-            load(settings.weights, image=size, dropout=settings.dropout, drop_path=settings.drop_path),
+        start = load_any(
+            settings.weights,
+            heads=settings.heads or None,
+            grid=pair(settings.grid) if settings.grid else None,
+            image=size,
+            dropout=settings.dropout,
+            drop_path=settings.drop_path,
+            preprocess=settings.preprocess or None,
+        )
+        made = _kept_head(start, classes, settings.weights) if settings.head == "keep" else None
+        made = made or replace_head(
+            start,
             len(classes),
             classes,
             pool=None if settings.pool == "planned" else settings.pool,
@@ -57,6 +67,18 @@ def model(recipe: Recipe, classes: tuple[str, ...]) -> tuple[nn.Module, Preproce
         )
     made.backbone.checkpointing = settings.checkpointing
     return made, made.preprocess
+
+
+def _kept_head(start: nn.Module, classes: tuple[str, ...], weights: Path) -> Classifier:
+    if isinstance(start, Classifier) and start.labels == classes and start.config.output == "logits":
+        return start
+    found = (
+        f"classes {listed(start.labels, 3)}" if isinstance(start, Classifier) and start.labels else "no named classes"
+    )
+    raise UserError(
+        f"--head keep: {weights} has {found}, and the data have {listed(classes, 3)}; give --head reset, or data of the "
+        "same classes in the same order."
+    )
 
 
 def task(recipe: Recipe, classes: tuple[str, ...], preprocess: Preprocess) -> Callable[[nn.Module], Objective]:

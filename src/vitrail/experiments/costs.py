@@ -22,7 +22,8 @@ from vitrail.data.decode import UnreadablePicture, opened
 from vitrail.data.loader import PictureLoader
 from vitrail.experiments.plan import Machine
 from vitrail.experiments.recipe import Recipe
-from vitrail.training.loop import Pace, fit
+from vitrail.training.loop import fit
+from vitrail.training.pace import Pace
 
 
 def picture_sizes(source: Source, most: int) -> list[tuple[int, int]]:

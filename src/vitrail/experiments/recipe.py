@@ -21,8 +21,8 @@ from vitrail.core.values import from_json, to_json
 from vitrail.data.augment import Augmentation
 from vitrail.data.splits import Splits
 from vitrail.objectives.supervised import CrossEntropy
-from vitrail.training.loop import Evaluate
 from vitrail.training.optim import Optimiser, Schedule
+from vitrail.training.pace import Evaluate
 
 T = TypeVar("T")
 
@@ -58,7 +58,16 @@ class ModelSettings:
     model: str = ""
     """As ViT-B/16; `vitrail models` lists them; none: planned from the pictures."""
     weights: Path | None = None
-    """A Vitrail checkpoint (a file or a run folder) to start from; none: random weights."""
+    """What to start from: a run folder, a checkpoint of any known library, or an id (hf:OWNER/NAME, official:NAME,
+    timm:NAME); none: random weights."""
+    head: Literal["reset", "keep"] = "reset"
+    """The head of --weights: a new one of zeros, or its own where its classes are those of the data."""
+    heads: int = 0
+    """Attention heads of --weights, for files that cannot say; 0: what the file says."""
+    grid: tuple[int, ...] = ()
+    """Rows and columns of the position table of --weights, for files that cannot say."""
+    preprocess: str = ""
+    """Preprocessing of --weights, where the file does not state it: as imagenet,bicubic,resize=256,size=224."""
     pool: Literal["planned", "class", "mean", "attention"] = "planned"
     """What the head reads: the class token, the mean of the patches, or a learned attention over them."""
     positions: Literal["planned", "none", "learned", "sincos2d"] = "planned"

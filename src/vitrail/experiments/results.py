@@ -27,7 +27,7 @@ from vitrail.experiments.pictures import Pictures
 from vitrail.experiments.recipe import Recipe
 from vitrail.experiments.report import write_report
 from vitrail.training.log import duration
-from vitrail.training.loop import Outcome
+from vitrail.training.pace import Outcome
 
 MOST_COMPARED = 20_000
 """Training pictures that the pixel baselines look at, at most."""

@@ -24,15 +24,16 @@ from vitrail.experiments import build
 from vitrail.experiments.costs import commit, measure_step, peak_memory, this_machine, versions
 from vitrail.experiments.pictures import open_pictures
 from vitrail.experiments.place import open_folder
-from vitrail.experiments.plan import DataFacts, Machine, plan, plan_length, samples, steps
+from vitrail.experiments.plan import DataFacts, Machine, pair, plan, plan_length, samples, steps
 from vitrail.experiments.recipe import FINETUNE, Own, Recipe, check, flat, with_settings
 from vitrail.experiments.results import Result, Results, measure
 from vitrail.models.classifier import Classifier
 from vitrail.training import loop
 from vitrail.training.log import Log, Metrics, Screen, TensorBoard, WeightsAndBiases, duration
-from vitrail.training.loop import Outcome, Pace
 from vitrail.training.memory import out_of_memory
-from vitrail.weights import native
+from vitrail.training.pace import Outcome, Pace
+from vitrail.weights.load import read
+from vitrail.weights.preprocessing import changed
 
 
 def run(recipe: Recipe, command: Sequence[str] = ()) -> Result:
@@ -83,8 +84,8 @@ class _Experiment:
             torch.set_num_threads(max(1, machine.cores - self.recipe.data.workers))
         model, preprocess = build.model(self.recipe, self.pictures.classes)
         if self.recipe.model.weights is not None:
-            fate = f"a new head of {len(self.pictures.classes)} classes"
-            self.say(f"weights: {self.recipe.model.weights}, whole but for {fate}")
+            fate = "its head kept" if self.recipe.model.head == "keep" else "its backbone whole, a new head of zeros"
+            self.say(f"weights: {self.recipe.model.weights}, {fate}, for {len(self.pictures.classes)} classes")
         self._length(model, preprocess, facts, machine)
         if self.recipe.run.dry_run:
             self.say("--dry-run: nothing was trained.")
@@ -102,8 +103,16 @@ class _Experiment:
     def _plan(self, facts: DataFacts, machine: Machine) -> None:
         start = None
         if self.recipe.model.weights is not None:
-            described = native.describe(self.recipe.model.weights)
-            start = described.backbone.width, described.preprocess
+            settings = self.recipe.model
+            grid = pair(settings.grid) if settings.grid else None
+            given = read(str(settings.weights), heads=settings.heads or None, grid=grid)
+            for note in given.report.notes:
+                self.say(f"weights: {note}")
+            preprocess = given.converted.preprocess
+            start = (
+                given.backbone.width,
+                changed(preprocess, settings.preprocess) if settings.preprocess else preprocess,
+            )
         elif self.recipe.own.preprocess is not None:
             self.recipe = with_settings(self.recipe, {"size": self.recipe.own.preprocess.size}, "the recipe")
         self.recipe, said = plan(self.recipe, facts, machine, start)

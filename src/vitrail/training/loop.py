@@ -10,69 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitrail.core import ranks
-from vitrail.core.device import Precision, autocast, mix, own_randomness
+from vitrail.core.device import autocast, mix, own_randomness
 from vitrail.core.errors import UserError
 from vitrail.core.runs import RunFolder, save_tensors, write_whole
-from vitrail.core.types import Batch, Objective, Progress, Row
+from vitrail.core.types import Batch, Objective, Progress
 from vitrail.training.log import Interval, Log, Screen
 from vitrail.training.memory import out_of_memory, split, what_fits
 from vitrail.training.optim import Average, Optimiser, Schedule, set_rate
+from vitrail.training.pace import Evaluate, Outcome, Pace, Steps
 from vitrail.training.signals import stopping
-
-
-@runtime_checkable
-class Steps(Protocol):
-    """A loader that can begin at any step and make any batch again."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, start: int = 0) -> Iterator[Batch]: ...
-
-    def at(self, step: int) -> Batch: ...
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How the loop runs, apart from what it computes."""
-
-    precision: Precision = "fp32"
-    """Of matrix products; weights, norms and losses stay fp32."""
-    accumulate: int = 1
-    """Parts that each batch is cut into, to save memory."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-    evaluate_every: int = 1000
-    """Steps between evaluations."""
-    log_every: int = 50
-    """Steps between lines of metrics."""
-    save_minutes: float = 5.0
-    """The most minutes of work that a kill can lose."""
-    checks: int = 1
-    """Steps between looks at whether the loss is finite: 1, or at each line, as on a GPU each look makes it wait; 0: it
-    does not matter."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """step: where the run stopped, of `total`. best: the best evaluation's first row and its step. interrupted: the signal
-    that ended it early, if one did."""
-
-    step: int
-    total: int
-    best: float | None
-    best_step: int
-    seconds: float
-    interrupted: int | None = None
-
-
-Evaluate = Callable[[nn.Module], Sequence[Row]]
-"""Its first row's value, the higher the better, chooses the best weights."""
 
 
 def fit(

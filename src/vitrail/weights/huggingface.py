@@ -14,7 +14,7 @@ from vitrail.models.classifier import ClassifierConfig
 from vitrail.models.vit import ViTConfig
 from vitrail.weights.conversion import Converted, Head, Keys
 from vitrail.weights.huggingface_json import read_labels, read_preprocess
-from vitrail.weights.huggingface_names import ACTIVATIONS, DIALECT, DINOV3_GATED, FAMILIES, MAE_BLOCKS, Family
+from vitrail.weights.huggingface_names import ACTIVATIONS, DIALECT, DINOV3_GATED, FAMILIES, MAE_BLOCKS
 from vitrail.weights.huggingface_writing import write
 from vitrail.weights.mae import take_decoder
 from vitrail.weights.modules import TWO_HEADS, chosen, head_state, rows, take_module, take_two_heads, whole
@@ -24,8 +24,6 @@ from vitrail.weights.source import Checkpoint
 __all__ = ["NAME", "convert", "recognises", "write"]
 
 NAME = "huggingface"
-
-PROJECTIONS = ("query", "key", "value")
 
 HEADS = {
     "ForImageClassification": "classifier.weight",
@@ -79,19 +77,10 @@ def convert(checkpoint: Checkpoint, *, heads: int | None = None, grid: Size | No
         raise UserError(
             f"{checkpoint.path} is a {kind} by its config.json, but lacks the tensor {missed}: use a whole one"
         )
-    findings = _findings(checkpoint, config, family, heads, grid)
-    clip = kind.startswith("clip")
-    if clip:
-        findings.patch_bias, findings.required = False, ("encoder.pre_norm",)
-    elif kind.startswith("dino"):
-        findings.required = ("encoder.norm", *SCALES)
-    if kind == "dinov3_vit":
-        findings.positions = "rotary"
-        findings.qkv_bias = tuple(bool(config.get(f"{name}_bias", name != "key")) for name in PROJECTIONS)  # type: ignore[assignment]
-        if any(findings.qkv_bias or ()) and not all(findings.qkv_bias or ()):
-            findings.folded.append("of queries, keys and values, those that have no bias are given zeros")
+    findings = _findings(checkpoint, kind, config, heads, grid)
     dialect = DINOV3_GATED if config.get("use_gated_mlp") else family.dialect
-    if clip:
+    if kind.startswith("clip"):
+        # Its last norm is of the pooled class token alone.
         dialect = replace(dialect, norm=())
     if not kind.startswith("siglip"):
         keys.shape(at + chosen(keys, dialect.class_token, at)[0])
@@ -108,7 +97,7 @@ def convert(checkpoint: Checkpoint, *, heads: int | None = None, grid: Size | No
         keys.skip(at + name, why)
     for name, why in SKIPPED.items():
         keys.skip(name, why)
-    model, head = _take_head(keys, at, kind, backbone, findings)
+    model, head = _take_head(keys, at, kind, config, backbone, findings)
     preprocess, source = read_preprocess(checkpoint.preprocessor, kind, family, backbone, findings)
     classes = model.classes if isinstance(model, ClassifierConfig) and model.output == "logits" else 0
     labels = read_labels(checkpoint.config, classes) if classes else ()
@@ -116,8 +105,9 @@ def convert(checkpoint: Checkpoint, *, heads: int | None = None, grid: Size | No
 
 
 def _findings(
-    checkpoint: Checkpoint, config: dict[str, Any], family: Family, heads: int | None, grid: Size | None
+    checkpoint: Checkpoint, kind: str, config: dict[str, Any], heads: int | None, grid: Size | None
 ) -> Findings:
+    family = FAMILIES[kind]
     where = f"{checkpoint.path}'s config.json"
     try:
         image = _pair(config.get("image_size", 224))
@@ -138,8 +128,19 @@ def _findings(
     if activation not in ACTIVATIONS and not swiglu:
         raise UserError(f"{where} asks for the activation {activation}: {', '.join(ACTIVATIONS)} are known")
     numerics = Numerics(ACTIVATIONS.get(activation, "erf"), epsilon, family.resample)
-    bias = bool(config.get("qkv_bias", True))
-    return Findings(stated, image, grid, numerics, placed=True, qkv_bias=(bias,) * 3, rotary_base=base)
+    findings = Findings(stated, image, grid, numerics, placed=True, rotary_base=base)
+    biases = [bool(config.get("qkv_bias", True))] * 3
+    if kind.startswith("clip"):
+        findings.patch_bias, findings.required = False, ("encoder.pre_norm",)
+    elif kind.startswith("dino"):
+        findings.required = ("encoder.norm", *SCALES)
+    if kind == "dinov3_vit":
+        findings.positions = "rotary"
+        biases = [bool(config.get(f"{name}_bias", name != "key")) for name in ("query", "key", "value")]
+        if any(biases) and not all(biases):
+            findings.folded.append("of queries, keys and values, those that have no bias are given zeros")
+    findings.qkv_bias = (biases[0], biases[1], biases[2])
+    return findings
 
 
 def _compare(checkpoint: Checkpoint, config: dict[str, Any], backbone: ViTConfig) -> None:
@@ -162,8 +163,9 @@ def _compare(checkpoint: Checkpoint, config: dict[str, Any], backbone: ViTConfig
 
 
 def _take_head(
-    keys: Keys, at: str, kind: str, backbone: ViTConfig, findings: Findings
+    keys: Keys, at: str, kind: str, tower: dict[str, Any], backbone: ViTConfig, findings: Findings
 ) -> tuple[ClassifierConfig | ViTConfig, Head]:
+    """What stands on the backbone: classes, an embedding or nothing; and whether it can be used."""
     width, config = backbone.width, keys.checkpoint.config or {}
     stated = str((config.get("architectures") or [""])[0])
     for ending, name in HEADS.items():
@@ -195,7 +197,7 @@ def _take_head(
         take_module(keys, "visual_projection", "head.output", bias=False)
         made = ClassifierConfig(backbone, count, pool_norm=True, head_has_bias=False, output="embedding")
         return made, head_state(keys.tensors["head.output.weight"])
-    if kind.startswith("siglip") and (config.get("vision_config") or config).get("vision_use_head", True):
+    if kind.startswith("siglip") and tower.get("vision_use_head", True):
         _take_attention_pool(keys, f"{at}head.", width)
         return ClassifierConfig(backbone, width, "attention", head="none", output="embedding"), "usable"
     return backbone, "absent"

@@ -148,17 +148,3 @@ def _description(checkpoint: Checkpoint) -> Description:
         raise UserError(
             f"{checkpoint.path} describes its model in a way that this vitrail does not know ({error}): update vitrail"
         ) from error
-
-
-def load(path: str | Path, **options: Any) -> Classifier:
-    """Until the callers name vitrail.weights.load."""
-    from vitrail.weights.load import load
-
-    return load(path, **options)
-
-
-def load_backbone(path: str | Path, **options: Any) -> Any:
-    """Until the callers name vitrail.weights.load."""
-    from vitrail.weights.load import load_backbone
-
-    return load_backbone(path, **options)
