@@ -1,7 +1,8 @@
 """Whether a loader's memory grows: `python bench/loader_memory.py` reads a folder of JPEGs for 20 epochs, 2 workers.
 
 Counted is what the process and its workers take together, pages that they share counted once (anonymous and shared
-memory of Linux's smaps_rollup; pages of library files count for all programs that run, and move with them). The claim is that the last five epochs take at most 1 % more than epochs 3 to 7; exit code 1 if they do.
+memory of Linux's smaps_rollup; pages of library files count for all programs that run, and move with them). The claim is
+that the last five epochs take at most 1 % more than epochs 3 to 7; exit code 1 if they do.
 """
 
 import argparse

@@ -88,7 +88,6 @@ def test_a_verb_that_is_none_is_answered_with_the_nearest(capsys: pytest.Capture
         (["train", "--balance", "yes"], ["yes"]),
         (["train", "photos"], ["photos"]),
         (["train"], ["--data"]),
-        (["finetune", "--data", "photos"], ["--weights"]),
         (["run"], ["Python file", "recipe"]),
         (["run", "missing.py"], ["missing.py"]),
         (["predict"], ["vitrail predict", "missing"]),

@@ -213,6 +213,23 @@ def test_a_worker_that_dies_ends_the_loading_in_one_sentence() -> None:
         list(loader)
 
 
+class Whereabouts(Numbers):
+    """Pictures that are white where whoever fetches them leads a process group of its own."""
+
+    def __getitem__(self, index: int) -> Sample:
+        alone = os.getpgrp() == os.getpid() != PARENT
+        return Sample(str(index), np.full((16, 16, 3), 255 * alone, np.uint8), 0)
+
+
+PARENT = os.getpid()
+
+
+def test_workers_are_out_of_reach_of_a_ctrl_c() -> None:
+    """A terminal sends it to the whole group; a run still needs its workers for the step that it is at."""
+    loader = PictureLoader(Whereabouts(8), Transform(PREPROCESS), Order(8, 4, 8), 2)
+    assert all((batch.views[0] == 255).all() for batch in loader)
+
+
 def test_a_source_that_fails_by_itself_is_not_taken_for_a_dead_worker() -> None:
     loader = PictureLoader(Numbers(40, broken=39), Transform(PREPROCESS), Order(40, 4, 40, shuffle=False), 1)
     with pytest.raises(RuntimeError, match="the source's own mistake"):

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import io
 import re
-import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -103,8 +102,3 @@ def _sentence(boxed: str) -> str:
     if missing := re.match(r"Missing from .*?: (\S+) (?:[A-Z]{2,} )?(.*?) ?\(required\)", said):
         return f"{missing[1]} is missing: {missing[2].rstrip('.')}"
     return said or "the arguments could not be read"
-
-
-def shown(line: str) -> None:
-    """One sentence to the person, on standard error."""
-    print(line, file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from vitrail.commands.flags import parse, read_toml, shown
+from vitrail.commands.flags import parse, read_toml
 from vitrail.core.errors import UserError
 from vitrail.experiments.plan import change
 from vitrail.experiments.recipe import FINETUNE, Recipe, with_settings
@@ -44,7 +44,7 @@ def _usual_weights() -> str:
     """Says which published checkpoint is taken, and why."""
     gpu = torch.cuda.is_available()
     name, model, why = ("B_16", "ViT-B/16", "a GPU") if gpu else ("S_16", "ViT-S/16", "a machine without a GPU")
-    shown(
+    print(
         f"planned: --weights official:augreg/{name}, AugReg's {model} of ImageNet-21k: it transfers best of those that "
         f"{why} trains in minutes; where there is no network, give a checkpoint of your own with --weights."
     )
