@@ -186,7 +186,7 @@ RANGES = {
         ("dropout", "drop_path", "smoothing", "momentum", "layer_decay", "polyak", "end", "erasing"), (0, 1)
     ),
     **dict.fromkeys(
-        ("batch", "limit", "representation", "shift", "mixup", "cutmix", "rate", "weight_decay"), (0, None)
+        ("batch", "limit", "heads", "representation", "shift", "mixup", "cutmix", "rate", "weight_decay"), (0, None)
     ),
     **dict.fromkeys(("clip", "steps", "epochs", "minutes", "save_minutes", "seed"), (0, None)),
     **dict.fromkeys(("size", "accumulate", "log_every"), (1, None)),
