@@ -92,15 +92,13 @@ def _plan_model(recipe: Recipe, facts: DataFacts, machine: Machine, tiny: bool) 
             name = f"ViT-Ti/{_sides(size, 8)}" if machine.kind == "cuda" else f"ViT-Nano/{_sides(size, 4)}"
         recipe = change(recipe, "model", model=name)
         said.append(f"model {name}: for random weights, {facts.pictures:,} pictures and a {machine.kind}")
+    faster = "which learns faster from random weights than the paper's"
     if given.pool == "planned":
         recipe = change(recipe, "model", pool="mean")
+        said.append(f"pool mean, {faster} class token (--pool class)")
     if given.positions == "planned":
         recipe = change(recipe, "model", positions="sincos2d")
-    if "planned" in (given.pool, given.positions):
-        said.append(
-            f"pool {recipe.model.pool}, positions {recipe.model.positions}: they learn faster from random weights than the "
-            "paper's class token and learned positions (--pool class --positions learned)"
-        )
+        said.append(f"positions sincos2d, {faster} learned table (--positions learned)")
     return recipe, said
 
 
