@@ -119,7 +119,7 @@ class Screen:
         self._total, self._loss, self._speed = total, "", ""
         self._begun, self._start = time.monotonic(), start
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal or self._console.is_jupyter:
             self._bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(),
