@@ -19,19 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from vitrail.data.sources import FASHION
+
 SEED = 2020
-CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)  # the README of github.com/zalandoresearch/fashion-mnist
 SPLITS = {"train": ("train", 1000), "test": ("t10k", 200)}  # name here -> name of the original, pictures a class
 SAMPLES = Path(__file__).parents[1] / "src" / "vitrail" / "data" / "samples"
 
@@ -48,7 +38,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 def choose(labels: np.ndarray, each: int, rng: np.random.Generator) -> np.ndarray:
     """Places of `each` pictures of every class, drawn without replacement, in their original order."""
-    drawn = [rng.choice(np.flatnonzero(labels == label), each, replace=False) for label in range(len(CLASSES))]
+    drawn = [rng.choice(np.flatnonzero(labels == label), each, replace=False) for label in range(len(FASHION))]
     return np.sort(np.concatenate(drawn))
 
 
@@ -61,7 +51,7 @@ def png(pixels: np.ndarray) -> bytes:
 def table(images: np.ndarray, labels: np.ndarray, names: list[str]) -> pa.Table:
     """Columns image: {bytes, path} and label: int64, with the types that the `datasets` library reads back."""
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(CLASSES)}}
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(FASHION)}}
     schema = pa.schema(
         [("image", picture), ("label", pa.int64())],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
