@@ -29,7 +29,7 @@ def main() -> int:
             subprocess.run([sys.executable, "-m", "vitrail", "train", *given, *flags], check=True)
             results = json.loads(Path(folder, "demo", "results.json").read_text())
             config = json.loads(Path(folder, "demo", "config.json").read_text())
-        runs.append({"seed": seed, **results, "settings": config["settings"]})
+        runs.append({"seed": seed, **results, "settings": {**config["settings"], "out": "runs/demo"}})
     reached = [held(run) for run in runs]
     for run in runs:
         rows = ", ".join(f"{row['name']} {row['value']:.2f} %" for row in run["rows"] if row["unit"] == "%")

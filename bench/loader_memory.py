@@ -44,7 +44,11 @@ def main() -> int:
     growth = float(late / early)
     print(f"last five epochs / epochs 3 to 7: {growth:.4f}; at most {MOST}")
     found = {"growth": growth, "at_most": MOST, "mib_after_each_epoch": taken}
-    measure.write("loader_memory", {**found, "settings": {k: str(v) for k, v in vars(settings).items()}}, settings.out)
+    measure.write(
+        "loader_memory",
+        {**found, "settings": {k: str(v) for k, v in vars(settings).items() if k != "out"}},
+        settings.out,
+    )
     return int(growth > MOST)
 
 
