@@ -16,14 +16,32 @@ from vitrail.data.sources import listed
 from vitrail.data.transforms import Transform
 from vitrail.experiments.plan import DataFacts, pair, samples
 from vitrail.experiments.recipe import Recipe
-from vitrail.models.classifier import Classifier, replace_head
+from vitrail.models.classifier import Classifier, replace_head, resize_classifier
+from vitrail.models.vit import resize_backbone
 from vitrail.objectives.supervised import Supervised
 from vitrail.weights import native, zoo
+from vitrail.weights.conversion import Model
 from vitrail.weights.load import load_any
 
 
-def model(recipe: Recipe, classes: tuple[str, ...]) -> tuple[nn.Module, Preprocess]:
-    """The model with random weights, or with those given and a new head; everything drawn from the seed."""
+def start(recipe: Recipe) -> Model | None:
+    """What --weights names, as it is: at its own size, with its own head. None where the run starts from random weights."""
+    settings = recipe.model
+    if settings.weights is None:
+        return None
+    return load_any(
+        settings.weights,
+        heads=settings.heads or None,
+        grid=pair(settings.grid) if settings.grid else None,
+        dropout=settings.dropout,
+        drop_path=settings.drop_path,
+        preprocess=settings.preprocess or None,
+    )
+
+
+def model(recipe: Recipe, classes: tuple[str, ...], start: Model | None) -> tuple[nn.Module, Preprocess]:
+    """The model with random weights, or made of `start`, at the recipe's size with a new head or its own; everything
+    drawn from the seed."""
     settings, seed = recipe.model, recipe.run.seed
     if recipe.own.network is not None:
         if recipe.own.preprocess is None:
@@ -31,17 +49,12 @@ def model(recipe: Recipe, classes: tuple[str, ...]) -> tuple[nn.Module, Preproce
         torch.manual_seed(seed)
         return recipe.own.network(classes), recipe.own.preprocess
     size, hidden = pair(recipe.data.size), settings.representation or None
-    if settings.weights is not None:
-        start = load_any(
-            settings.weights,
-            heads=settings.heads or None,
-            grid=pair(settings.grid) if settings.grid else None,
-            image=size,
-            dropout=settings.dropout,
-            drop_path=settings.drop_path,
-            preprocess=settings.preprocess or None,
-        )
-        made = _kept_head(start, classes, settings.weights) if settings.head == "keep" else None
+    if start is not None:
+        if isinstance(start, Classifier):
+            resize_classifier(start, size)
+        else:
+            resize_backbone(start, size)
+        made = _kept_head(start, classes, str(settings.weights)) if settings.head == "keep" else None
         made = made or replace_head(
             start,
             len(classes),
@@ -69,7 +82,7 @@ def model(recipe: Recipe, classes: tuple[str, ...]) -> tuple[nn.Module, Preproce
     return made, made.preprocess
 
 
-def _kept_head(start: nn.Module, classes: tuple[str, ...], weights: Path) -> Classifier:
+def _kept_head(start: Model, classes: tuple[str, ...], weights: str) -> Classifier:
     if isinstance(start, Classifier) and start.labels == classes and start.config.output == "logits":
         return start
     found = (

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def measure_step(
     recipe: Recipe,
     device: torch.device,
 ) -> float:
-    """Seconds that one step takes, measured on a copy of the model: the faster of two, after one to warm up.
+    """Seconds that one step takes, measured on a copy of the model: the median after one to warm up.
 
     Decoding counts where it is the slower side: it runs beside the training, on as many processes as there are workers.
     """
@@ -104,10 +105,8 @@ def measure_step(
     if outcome.interrupted is not None:
         raise KeyboardInterrupt
     held = recipe.data.crop == "none"  # decoded once, then kept
-    reads = 0.0 if held else min(reading)
-    if recipe.data.workers == 0:
-        return min(times[1:]) + reads
-    return max(min(times[1:]), reads / recipe.data.workers)
+    reads, step = 0.0 if held else median(reading), median(times[1:])
+    return step + reads if recipe.data.workers == 0 else max(step, reads / recipe.data.workers)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -24,7 +24,7 @@ from vitrail.experiments import build
 from vitrail.experiments.costs import commit, measure_step, peak_memory, this_machine, versions
 from vitrail.experiments.pictures import open_pictures
 from vitrail.experiments.place import open_folder
-from vitrail.experiments.plan import DataFacts, Machine, pair, plan, plan_length, samples, steps
+from vitrail.experiments.plan import DataFacts, Machine, plan, plan_length, samples, steps
 from vitrail.experiments.recipe import FINETUNE, Own, Recipe, check, flat, with_settings
 from vitrail.experiments.results import Result, Results, measure
 from vitrail.models.classifier import Classifier
@@ -32,8 +32,10 @@ from vitrail.training import loop
 from vitrail.training.log import Log, Metrics, Screen, TensorBoard, WeightsAndBiases, duration
 from vitrail.training.memory import out_of_memory
 from vitrail.training.pace import Outcome, Pace
-from vitrail.weights.load import read
-from vitrail.weights.preprocessing import changed
+from vitrail.weights.conversion import Model
+
+MEASURED_SECONDS, MOST_MEASURED = 3.0, 50
+"""A processor's clock wanders, so the plan rests on as many steps as these seconds hold, three to fifty."""
 
 
 def run(recipe: Recipe, command: Sequence[str] = ()) -> Result:
@@ -76,13 +78,14 @@ class _Experiment:
 
     def carry_out(self) -> Result:
         requested = flat(self.recipe)
+        start = build.start(self.recipe)  # before the pictures: a file that is missing is soon said
         self.pictures = open_pictures(self.recipe, self.say)
         facts, machine = self.pictures.facts(), this_machine(self.device)
-        self._plan(facts, machine)
+        self._plan(facts, machine, start)
         if self.device.type == "cpu" and self.recipe.data.workers and "OMP_NUM_THREADS" not in os.environ:
             # Threads that share their cores with the data workers wait for each other by spinning (docs/log.md).
             torch.set_num_threads(max(1, machine.cores - self.recipe.data.workers))
-        model, preprocess = build.model(self.recipe, self.pictures.classes)
+        model, preprocess = build.model(self.recipe, self.pictures.classes, start)
         if self.recipe.model.weights is not None:
             fate = "its head kept" if self.recipe.model.head == "keep" else "its backbone whole, a new head of zeros"
             self.say(f"weights: {self.recipe.model.weights}, {fate}, for {len(self.pictures.classes)} classes")
@@ -100,22 +103,16 @@ class _Experiment:
         if ranks.first():
             print(line, flush=True)
 
-    def _plan(self, facts: DataFacts, machine: Machine) -> None:
-        start = None
-        if self.recipe.model.weights is not None:
-            settings = self.recipe.model
-            grid = pair(settings.grid) if settings.grid else None
-            given = read(str(settings.weights), heads=settings.heads or None, grid=grid)
-            for note in given.report.notes:
+    def _plan(self, facts: DataFacts, machine: Machine, start: Model | None) -> None:
+        known = None
+        if start is not None:
+            for note in getattr(start, "report").notes:  # noqa: B009, models know nothing of reports
                 self.say(f"weights: {note}")
-            preprocess = given.converted.preprocess
-            start = (
-                given.backbone.width,
-                changed(preprocess, settings.preprocess) if settings.preprocess else preprocess,
-            )
+            backbone = start.backbone if isinstance(start, Classifier) else start
+            known = (backbone.width, start.preprocess)
         elif self.recipe.own.preprocess is not None:
             self.recipe = with_settings(self.recipe, {"size": self.recipe.own.preprocess.size}, "the recipe")
-        self.recipe, said = plan(self.recipe, facts, machine, start)
+        self.recipe, said = plan(self.recipe, facts, machine, known)
         for line in said:
             self.say(f"planned: {line}")
 
@@ -124,16 +121,9 @@ class _Experiment:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         name = self.recipe.model.model if self.recipe.own.network is None else type(model).__qualname__
         self.say(f"model: {name}, {parameters:,} parameters, {preprocess.size[0]} x {preprocess.size[1]} px")
-        some = build.training_loader(
-            self.recipe, self.pictures.splits.train, preprocess, self.pictures.said, some_steps=3
-        )
-        step_seconds = measure_step(
-            copy.deepcopy(model),
-            build.task(self.recipe, self.pictures.classes, preprocess),
-            some,
-            self.recipe,
-            self.device,
-        )
+        step_seconds = self._step_seconds(model, preprocess, 3)
+        if (more := min(MOST_MEASURED, int(MEASURED_SECONDS / step_seconds))) > 3:
+            step_seconds = self._step_seconds(model, preprocess, more)
         held_out = len(self.pictures.splits.validation or ())
         # A forward pass is about a third of a step.
         epoch_seconds = held_out / self.recipe.data.batch * step_seconds / 3
@@ -150,6 +140,12 @@ class _Experiment:
             f"estimate: {total:,} steps of {self.recipe.data.batch} pictures ({epochs:.1f} epochs), {duration(seconds)}, "
             f"{peak_memory(self.device) / 2**30:.1f} GiB of memory, {disk / 2**20:.0f} MiB on disk"
         )
+
+    def _step_seconds(self, model: nn.Module, preprocess: Preprocess, count: int) -> float:
+        recipe, pictures = self.recipe, self.pictures
+        some = build.training_loader(recipe, pictures.splits.train, preprocess, pictures.said, some_steps=count)
+        task = build.task(recipe, pictures.classes, preprocess)
+        return measure_step(copy.deepcopy(model), task, some, recipe, self.device)
 
     def _write_config(self, requested: dict[str, Any], model: nn.Module, preprocess: Preprocess) -> None:
         if self.folder is None:
