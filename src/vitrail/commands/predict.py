@@ -44,6 +44,10 @@ class Settings:
     """Print one JSON array, a picture an entry."""
     csv: bool = False
     """Print CSV: picture, rank, class, probability."""
+    sort_into: Path | None = None
+    """Copy each picture into a folder of its class in this one, or into "unsure"; needs a run of `vitrail fit`."""
+    promise: float = 0.95
+    """With --sort-into: the share of pictures that must be in the right folder, as proven on held-out pictures."""
     batch: int = 64
     """Pictures looked at together."""
     workers: int = -1
@@ -102,6 +106,12 @@ def run(settings: Settings) -> int:
     model = load(
         str(settings.weights), heads=settings.heads, grid=settings.grid, preprocess=settings.preprocess or None
     ).to(device)
+    labels = model.labels or tuple(str(number) for number in range(model.config.classes))
+    order = None
+    if settings.sort_into is not None:
+        from vitrail.commands.sorting import sorter  # only here is anything of a fit's run needed
+
+        order = sorter(settings.sort_into, settings.weights, settings.pictures, labels, settings.promise)
     samples, problems = find(settings.pictures)
     for problem in problems:
         print(f"left out: {problem.problem}", file=sys.stderr, flush=True)
@@ -113,7 +123,6 @@ def run(settings: Settings) -> int:
         Order(len(source), min(settings.batch, max(len(source), 1)), len(source), shuffle=False),
         workers=workers,
     )
-    labels = model.labels or tuple(str(number) for number in range(model.config.classes))
     answers: dict[int, Answer] = {}
     for found in predict(model, loader, device=device, precision=settings.precision, progress=True):
         lost = broken(found.logits)
@@ -130,11 +139,16 @@ def run(settings: Settings) -> int:
         answers[index] = Answer(source[index].name, problem=why)
     everything = [answers[index] for index in sorted(answers)] + problems
     good = [answer for answer in everything if answer.problem is None]
+    if order is not None:
+        placed = [order.place(Path(answer.picture), *answer.classes[0]) for answer in good]
+        stream = sys.stderr if settings.json or settings.csv else sys.stdout
+        for line in order.said(placed):
+            print(printable(line), file=stream)
     if settings.json:
         print(json.dumps([entry(answer) for answer in everything], indent=1, ensure_ascii=False))
     elif settings.csv:
         write_csv(good)
-    else:
+    elif order is None:
         write_table(good)
     if len(good) < len(everything):
         print(f"{len(everything) - len(good)} of {len(everything)} could not be read.", file=sys.stderr)
