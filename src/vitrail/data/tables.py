@@ -5,7 +5,8 @@ Image(decode=False): one bad picture would end its iterator, and EXIF orientatio
 copy of a parquet file in its cache (HF_DATASETS_CACHE), memory-mapped, so that a set larger than memory can be fetched
 from in any order.
 
-Every reader returns its sources by split ("train", "validation", "test") and notes on what was left out.
+Every reader returns its sources by split ("train", "validation", "test") and notes on what was left out. Asked for
+pictures alone (labelled=False), it neither needs nor reads labels: each is -1, and there are no classes.
 """
 
 import csv
@@ -30,7 +31,7 @@ PATH_COLUMNS = ("image", "path", "file", "filename", "picture", "file_name", "fi
 LABEL_COLUMNS = ("label", "class", "target", "labels", "category", "fine_label")
 
 
-def read_listing(file: Path) -> Read:
+def read_listing(file: Path, labelled: bool = True) -> Read:
     """A CSV, TSV, JSON or JSON-lines file that names pictures, relative to itself, and their labels.
 
     Columns in any case: the picture's path among PATH_COLUMNS, its label among LABEL_COLUMNS, and optionally `split`.
@@ -40,12 +41,13 @@ def read_listing(file: Path) -> Read:
     if not rows:
         raise UserError(f"{file} lists no pictures: give it a row of path and label for each picture.")
     columns = {str(name).strip().casefold(): name for name in rows[0][1]}
-    path, label = pick(file, columns, PATH_COLUMNS, "paths"), pick(file, columns, LABEL_COLUMNS, "labels")
+    path = pick(file, columns, PATH_COLUMNS, "paths")
+    label = pick(file, columns, LABEL_COLUMNS, "labels") if labelled else ""
     found: dict[str, tuple[list[str], list[str]]] = {}
     for where, row in rows:
         if not isinstance(row.get(path), str) or not row[path].strip():
             raise UserError(f"{where} has no path in its column {path!r}: give it one or take the row out.")
-        if not isinstance(row.get(label), (str, int, float)) or not str(row[label]).strip():
+        if labelled and (not isinstance(row.get(label), (str, int, float)) or not str(row[label]).strip()):
             raise UserError(
                 f"{where} has {row.get(label)!r} as its label: give one word or number, or take the row out."
             )
@@ -56,15 +58,15 @@ def read_listing(file: Path) -> Read:
                 raise UserError(f"{where} has the split {word!r}: it must be train, val or test.")
         names, labels = found.setdefault(split, ([], []))
         names.append(row[path].strip())
-        labels.append(str(row[label]).strip())
-    classes = known_classes(file, {split: labels for split, (_, labels) in found.items()})
+        labels.append(str(row[label]).strip() if labelled else "")
+    classes = known_classes(file, {split: labels for split, (_, labels) in found.items()}) if labelled else ()
     order = {word: place for place, word in enumerate(classes)}
     sources: dict[str, Source] = {
         split: FileSource(
             file.parent,
             Packed.of(os.fsencode(name) for name in names),
             np.array([size(file.parent / name) for name in names], np.int64),
-            np.array([order[word] for word in labels], np.int64),
+            np.array([order[word] if labelled else -1 for word in labels], np.int64),
             classes,
         )
         for split, (names, labels) in found.items()
@@ -156,7 +158,7 @@ class TableSource:
         return Sample(name, b"" if cell is None else cell, int(self.labels[index]))
 
 
-def read_parquet(path: Path) -> Read:
+def read_parquet(path: Path, labelled: bool = True) -> Read:
     """A parquet file, or all below a folder: those whose name or folder says val or test belong to that split."""
     import pyarrow.parquet as pq
     from datasets import load_dataset
@@ -175,7 +177,7 @@ def read_parquet(path: Path) -> Read:
         split = next((split for word in reversed(words) if (split := split_named(word))), "train")
         by_split.setdefault(split, []).append(str(file))
     try:
-        return from_tables(path.name, load_dataset("parquet", data_files=by_split))
+        return from_tables(path.name, load_dataset("parquet", data_files=by_split), labelled)
     except (DatasetsError, OSError, ValueError) as error:
         reason = first_line(error.__cause__ or error)
         raise UserError(f"{path} cannot be read as parquet ({reason}): fetch or write it anew.") from error
@@ -190,7 +192,7 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*.parquet") if not file.name.startswith("."))
 
 
-def read_hub(spec: str) -> Read:
+def read_hub(spec: str, labelled: bool = True) -> Read:
     """A data set of the Hugging Face hub: owner/name, then optionally @revision, then optionally :configuration."""
     import datasets
 
@@ -205,10 +207,10 @@ def read_hub(spec: str) -> Read:
             f"hub:{spec} cannot be fetched ({first_line(error)}): check the name, the network, and the form "
             "hub:owner/name@revision:configuration."
         ) from error
-    return from_tables(f"hub:{spec}", tables)
+    return from_tables(f"hub:{spec}", tables, labelled)
 
 
-def from_tables(origin: str, tables: Mapping[str, Any]) -> Read:
+def from_tables(origin: str, tables: Mapping[str, Any], labelled: bool = True) -> Read:
     """Sources from `datasets` tables by their split's name."""
     splits, notes = {}, []
     for name, table in tables.items():
@@ -218,7 +220,10 @@ def from_tables(origin: str, tables: Mapping[str, Any]) -> Read:
             notes.append(f"{origin}: the split {name!r} was left alone.")
     if "train" not in splits:
         raise UserError(f"{origin} has no train split: it has {listed(tables)}.")
-    image, label = columns_of(origin, splits["train"])
+    image = picture_column(origin, splits["train"])
+    if not labelled:
+        return {split: _without_labels(origin, split, table, image) for split, table in splits.items()}, tuple(notes)
+    label = label_column(origin, splits["train"])
     named = getattr(splits["train"].features[label], "names", None)
     raw = {split: table.data.column(label).to_pylist() for split, table in splits.items()}
     if named is None:
@@ -241,11 +246,16 @@ def from_tables(origin: str, tables: Mapping[str, Any]) -> Read:
     return sources, tuple(notes)
 
 
-def columns_of(origin: str, table: Any) -> tuple[str, str]:
-    """The names of the picture column and the label column of a `datasets.Dataset`, by type and then by name."""
+def _without_labels(origin: str, split: str, table: Any, image: str) -> Source:
+    rows = undecoded(table, image)
+    return TableSource(f"{origin} {split}", rows, image, byte_counts(rows, image), np.full(len(table), -1), ())
+
+
+def picture_column(origin: str, table: Any) -> str:
+    """The name of the picture column of a `datasets.Dataset`, by type and then by name."""
     import datasets
 
-    kinds: dict[str, list[str]] = {name: [] for name in ("image", "struct", "binary", "classes")}
+    kinds: dict[str, list[str]] = {name: [] for name in ("image", "struct", "binary")}
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             kinds["image"].append(name)
@@ -253,17 +263,22 @@ def columns_of(origin: str, table: Any) -> tuple[str, str]:
             kinds["struct"].append(name)
         elif isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"):
             kinds["binary"].append(name)
-        elif isinstance(feature, datasets.ClassLabel):
-            kinds["classes"].append(name)
     pictures = kinds["image"] or kinds["struct"] or kinds["binary"]
-    columns = {name.casefold(): name for name in table.features}
     if not pictures:
-        raise UserError(f"{origin} has no column of pictures: it has {listed(columns)}.")
-    image = next((name for name in pictures if name.casefold() in PATH_COLUMNS), pictures[0])
+        raise UserError(f"{origin} has no column of pictures: it has {listed(table.features)}.")
+    return next((name for name in pictures if name.casefold() in PATH_COLUMNS), pictures[0])
+
+
+def label_column(origin: str, table: Any) -> str:
+    """The name of the label column, by type and then by name."""
+    import datasets
+
+    columns = {name.casefold(): name for name in table.features}
+    kinds = [name for name, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
     for name in LABEL_COLUMNS:
-        if columns.get(name) in (kinds["classes"] or [columns.get(name, "")]):
-            return image, columns[name]
-    return image, kinds["classes"][0] if kinds["classes"] else pick(origin, columns, LABEL_COLUMNS, "labels")
+        if columns.get(name) in (kinds or [columns.get(name, "")]):
+            return columns[name]
+    return kinds[0] if kinds else pick(origin, columns, LABEL_COLUMNS, "labels")
 
 
 def undecoded(table: Any, image: str) -> Any:

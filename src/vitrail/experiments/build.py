@@ -1,7 +1,9 @@
 """A complete recipe's parts: the model, the objective around it, the loaders."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -15,13 +17,18 @@ from vitrail.data.loader import Order, PictureLoader, balanced
 from vitrail.data.sources import listed
 from vitrail.data.transforms import Transform
 from vitrail.experiments.plan import DataFacts, pair, samples
-from vitrail.experiments.recipe import Recipe
+from vitrail.experiments.recipe import ModelSettings, Recipe
 from vitrail.models.classifier import Classifier, replace_head, resize_classifier
-from vitrail.models.vit import resize_backbone
+from vitrail.models.masked import MaskedPatchConfig, MaskedPatchPredictor
+from vitrail.models.resnet import ResNetConfig
+from vitrail.models.vit import ViT, resize_backbone
+from vitrail.objectives.masked import MaskedPatches
 from vitrail.objectives.supervised import Supervised
 from vitrail.weights import native, zoo
 from vitrail.weights.conversion import Model
 from vitrail.weights.load import load_any
+
+PREDICTOR = "predictor.safetensors"
 
 
 def start(recipe: Recipe) -> Model | None:
@@ -49,6 +56,10 @@ def model(recipe: Recipe, classes: tuple[str, ...], start: Model | None) -> tupl
         torch.manual_seed(seed)
         return recipe.own.network(classes), recipe.own.preprocess
     size, hidden = pair(recipe.data.size), settings.representation or None
+    if recipe.masked:
+        predictor = _predictor(recipe, size, start)
+        predictor.backbone.checkpointing = settings.checkpointing
+        return predictor, predictor.preprocess
     if start is not None:
         if isinstance(start, Classifier):
             resize_classifier(start, size)
@@ -74,12 +85,43 @@ def model(recipe: Recipe, classes: tuple[str, ...], start: Model | None) -> tupl
             hidden=hidden,
             head_bias=settings.head_bias,
             seed=seed,
-            positions=settings.positions,
-            dropout=settings.dropout,
-            drop_path=settings.drop_path,
+            **_of_vits(settings, size),
         )
     made.backbone.checkpointing = settings.checkpointing
     return made, made.preprocess
+
+
+def _of_vits(settings: ModelSettings, size: tuple[int, int]) -> dict[str, Any]:
+    """What a ViT is made with. Raises UserError where it is asked of a ResNet, which has none of it."""
+    given = {"positions": settings.positions, "dropout": settings.dropout, "drop_path": settings.drop_path}
+    if not isinstance(zoo.config(settings.model, size), ResNetConfig):
+        return given
+    for name, value in given.items():
+        if value not in ("planned", "none", 0.0):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} is for ViTs, and --model {settings.model} is a ResNet; leave it out."
+            )
+    return {}
+
+
+def _predictor(recipe: Recipe, size: tuple[int, int], start: Model | None) -> MaskedPatchPredictor:
+    settings, targets, seed = recipe.model, recipe.objective.targets, recipe.run.seed
+    none = "has no patch embeddings to corrupt; give a ViT or a hybrid (vitrail models lists them)."
+    if start is not None:
+        backbone = start.backbone if isinstance(start, Classifier) else start
+        if not isinstance(backbone, ViT):
+            raise UserError(f"--weights {settings.weights} is a ResNet, which {none}")
+        resize_backbone(backbone, size)
+        return MaskedPatchPredictor.around(backbone, targets, seed)
+    preprocess = recipe.own.preprocess or Preprocess(size=size)
+    config = zoo.config(settings.model, size)
+    if isinstance(config, ResNetConfig):
+        raise UserError(f"--model {settings.model} is a ResNet, which {none}")
+    fields = {"channels": preprocess.channels, "class_token": settings.pool == "class", **_of_vits(settings, size)}
+    config = dataclasses.replace(config, **fields)
+    made = MaskedPatchConfig(config, targets).build(seed)
+    made.backbone.preprocess = preprocess
+    return made
 
 
 def _kept_head(start: Model, classes: tuple[str, ...], weights: str) -> Classifier:
@@ -98,6 +140,15 @@ def task(recipe: Recipe, classes: tuple[str, ...], preprocess: Preprocess) -> Ca
     """What is asked of the model."""
     if recipe.own.objective is not None:
         return recipe.own.objective
+    if recipe.masked:
+        objective = recipe.objective
+
+        def masked(model: nn.Module) -> Objective:
+            config = getattr(model, "module", model).config  # shared between processes, it is wrapped
+            assert isinstance(config, MaskedPatchConfig)
+            return MaskedPatches(model, config, preprocess, recipe.augmentation, objective.corrupt)
+
+        return masked
     loss = recipe.loss
     return lambda model: Supervised(model, len(classes), preprocess, recipe.augmentation, loss.loss, loss.smoothing)
 
@@ -125,9 +176,17 @@ def evaluation_loader(
 
 
 def save_model(model: nn.Module, path: Path) -> None:
-    """A classifier as `vitrail.load` reads it; of a model of the user's own, the tensors alone."""
+    """A classifier as `vitrail.load` reads it; of a model of the user's own, the tensors alone.
+
+    Of masked patch prediction the best weights, model.safetensors, are the backbone's, as `vitrail.load_backbone` reads
+    it; with mask and head they lie beside it, in PREDICTOR, as tensors alone, as the last ones do.
+    """
     if isinstance(model, Classifier):
         native.save(model, path)
+        return
+    if isinstance(model, MaskedPatchPredictor) and path.name == native.FILE:
+        save_model(model, path.with_name(PREDICTOR))
+        native.save(model.backbone, path)
         return
     tensors = {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
     write_whole(path, lambda part: part.write_bytes(save(tensors)))

@@ -44,6 +44,11 @@ svg { display: block; margin: 0 auto; height: auto; }
 .frame { aspect-ratio: 1; background: var(--pane); border-radius: 3px; overflow: hidden; }
 .frame img { display: block; width: 100%; height: 100%; object-fit: contain; }
 .frame .pixelated { image-rendering: pixelated; }
+.triples { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1.4rem 2rem; }
+.triples figure { margin: 0; min-width: 0; }
+.triple { display: grid; grid-template-columns: repeat(3, 1fr); gap: 4px; }
+.triple img { width: 100%; border-radius: 3px; }
+.triple .pixelated { image-rendering: pixelated; }
 figcaption { margin-top: .4rem; font-size: .82rem; line-height: 1.4; }
 figcaption b { font-weight: 600; }
 .beside { display: flex; flex-wrap: wrap; gap: 2rem; align-items: center; }

@@ -12,6 +12,7 @@ from vitrail.core import ranks
 from vitrail.core.errors import UserError
 from vitrail.core.runs import read_json
 from vitrail.core.types import Source
+from vitrail.data import unlabelled
 from vitrail.data.loader import PictureLoader
 from vitrail.data.sources import digest, limit, subset
 from vitrail.data.splits import Splits, open_data
@@ -75,7 +76,7 @@ def open_pictures(recipe: Recipe, say: Say) -> Pictures:
     pictures = Pictures(splits, digest([source.fingerprint for _, source in _sources(splits)]))
     if recipe.run.resume:
         pictures.unreadable = _recall(recipe, pictures)
-    else:
+    elif not recipe.own.surveyed:
         pictures.unreadable = ranks.by_first(lambda: _look(recipe, splits, say))
     if pictures.unreadable:
         bad = {split: {name for other, name in pictures.unreadable if other == split} for split in SPLITS}
@@ -90,12 +91,14 @@ def open_pictures(recipe: Recipe, say: Say) -> Pictures:
 def _open(recipe: Recipe) -> Splits:
     settings = recipe.data
     if not settings.data:
-        raise UserError("--data is missing; give a folder with one folder a class, or sample:fashion to try it out.")
+        what = "of pictures" if recipe.masked else "with one folder a class"
+        raise UserError(f"--data is missing; give a folder {what}, or sample:fashion to try it out.")
+    opened = unlabelled.open_pictures if recipe.masked else open_data
     record = Path(str(recipe.run.out)) / "split.json"
     keep = None if recipe.run.dry_run and not recipe.run.resume else record
 
     def read() -> Splits:
-        return open_data(settings.data, validation=settings.validation, seed=recipe.run.seed, record=keep)
+        return opened(settings.data, validation=settings.validation, seed=recipe.run.seed, record=keep)
 
     found: list[Splits] = []
     ranks.by_first(lambda: found.append(read()))
@@ -105,6 +108,10 @@ def _open(recipe: Recipe) -> Splits:
 def _look(recipe: Recipe, splits: Splits, say: Say) -> dict[tuple[str, str], str]:
     seen = survey(splits)
     refuse_if_unreadable(seen, recipe.data.strict)
+    if recipe.masked:
+        for split, source in _sources(splits):
+            say(f"{split}: {len(source):,} pictures, whose labels are not read")
+        seen = dataclasses.replace(seen, counts={})
     for line in seen.lines():
         say(line)
     return {(item.split, item.name): item.reason for item in seen.unreadable}

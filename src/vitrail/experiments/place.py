@@ -43,6 +43,7 @@ def _place(recipe: Recipe) -> Path:
     words = (
         recipe.data.data or "own",
         recipe.model.model or (recipe.model.weights and recipe.model.weights.stem) or "vit",
+        *([recipe.objective.objective] if recipe.masked else []),
     )
     name = "-".join(
         "".join(c if c.isalnum() else "-" for c in Path(str(word)).name).strip("-") for word in words

@@ -11,6 +11,7 @@ from typing import Any
 
 from vitrail.core.types import Preprocess
 from vitrail.experiments.recipe import Recipe
+from vitrail.models.resnet import ResNetConfig
 from vitrail.weights import zoo
 
 SMALL = 64
@@ -76,7 +77,7 @@ def plan(
     if given.run.precision == "planned":
         recipe = change(recipe, "run", precision="bf16" if machine.fast_bf16 else "fp32")
     if not given.optimiser.rate:
-        rate = base_rate(recipe.optimiser.optimiser, width, pretrained)
+        rate = base_rate(recipe.optimiser.optimiser, width, pretrained, recipe.masked)
         recipe = change(recipe, "optimiser", rate=rate)
         said.append(f"rate {rate:g}: {recipe.optimiser.optimiser}, {'pre-trained' if pretrained else 'random'} weights")
     return recipe, said
@@ -92,6 +93,9 @@ def _plan_model(recipe: Recipe, facts: DataFacts, machine: Machine, tiny: bool) 
             name = f"ViT-Ti/{_sides(size, 8)}" if machine.kind == "cuda" else f"ViT-Nano/{_sides(size, 4)}"
         recipe = change(recipe, "model", model=name)
         said.append(f"model {name}: for random weights, {facts.pictures:,} pictures and a {machine.kind}")
+    if isinstance(zoo.config(recipe.model.model), ResNetConfig):
+        pool = "mean" if given.pool == "planned" else given.pool
+        return change(recipe, "model", pool=pool), said
     faster = "which learns faster from random weights than the paper's"
     if given.pool == "planned":
         recipe = change(recipe, "model", pool="mean")
@@ -102,12 +106,15 @@ def _plan_model(recipe: Recipe, facts: DataFacts, machine: Machine, tiny: bool) 
     return recipe, said
 
 
-def base_rate(rule: str, width: int, pretrained: bool) -> float:
-    """A base learning rate that trains; fine-tuning's is the middle of Table 4's candidates."""
+def base_rate(rule: str, width: int, pretrained: bool, masked: bool = False) -> float:
+    """A base learning rate that trains; fine-tuning's is the middle of Table 4's candidates, that of masked patch prediction
+    for ViT-B and larger is B.1.2's."""
     if rule == "sgd":
         return 0.01 if pretrained else 0.1
     if pretrained:
         return 1e-4
+    if masked and width >= 768:
+        return 2e-4
     return 3e-3 if width <= 128 else 1e-3 if width < 1024 else 5e-4
 
 

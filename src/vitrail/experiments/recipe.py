@@ -20,6 +20,7 @@ from vitrail.core.types import Objective, Preprocess
 from vitrail.core.values import from_json, to_json
 from vitrail.data.augment import Augmentation
 from vitrail.data.splits import Splits
+from vitrail.models.masked import Targets
 from vitrail.objectives.supervised import CrossEntropy
 from vitrail.training.optim import Optimiser, Schedule
 from vitrail.training.pace import Evaluate
@@ -85,6 +86,18 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class ObjectiveSettings:
+    """What is learned: labels, or what the pictures themselves hide."""
+
+    objective: Literal["supervised", "masked-patch"] = "supervised"
+    """Classes, or the paper's masked patch prediction (B.1.2), which reads no labels."""
+    targets: Targets = "mean-colour"
+    """What is predicted of a corrupted patch: its mean colour in 3 bits a channel, 4 x 4 such colours, or its pixels."""
+    corrupt: float = 0.5
+    """Share of the patches that are corrupted."""
+
+
+@dataclass(frozen=True)
 class LossSettings:
     """What is asked of it."""
 
@@ -144,7 +157,8 @@ class Own:
 
     splits: the pictures. network: from the class names to a model (pixels b c h w -> logits b k) that normalises uint8
     pixels itself. preprocess: how pictures become its input. objective: around that model; then `evaluate` is needed too,
-    or nothing is evaluated and the last weights are the best.
+    or nothing is evaluated and the last weights are the best. surveyed: the splits were looked at before, and what cannot
+    be read is left out of them.
     """
 
     splits: Splits | None = None
@@ -152,6 +166,7 @@ class Own:
     preprocess: Preprocess | None = None
     objective: Callable[[nn.Module], Objective] | None = None
     evaluate: Evaluate | None = None
+    surveyed: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +176,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(flip=True))
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     optimiser: Optimiser = field(default_factory=Optimiser)
     schedule: Schedule = field(default_factory=Schedule)
@@ -168,11 +184,25 @@ class Recipe:
     run: RunSettings = field(default_factory=RunSettings)
     own: Annotated[Own, tyro.conf.Suppress] = field(default_factory=Own)
 
+    @property
+    def masked(self) -> bool:
+        """Whether it is masked patch prediction."""
+        return self.objective.objective == "masked-patch" and self.own.objective is None
+
 
 FINETUNE = Recipe(
     optimiser=Optimiser(optimiser="sgd", weight_decay=0.0, decay="l2"),
 )
 """The paper's fine-tuning (Table 4): SGD with momentum 0.9, no weight decay, clipped at global norm 1."""
+
+PRETRAIN = Recipe(objective=ObjectiveSettings(objective="masked-patch"))
+"""Learning from pictures alone. The paper's has Adam at 2e-4, a warm-up of 10,000 steps and cosine decay over a million
+steps of 4,096 pictures; it names no weight decay."""
+
+LABELLED = {
+    *("balance", "head", "representation", "head_bias", "mixup", "cutmix", "loss", "smoothing", "baselines"),
+}
+"""Settings that mean something with labels alone."""
 
 FREE_ON_RESUME = {
     *("out", "resume", "dry_run", "device", "workers", "log_every", "save_minutes"),
@@ -191,7 +221,7 @@ RANGES = {
     **dict.fromkeys(("clip", "steps", "epochs", "minutes", "save_minutes", "seed"), (0, None)),
     **dict.fromkeys(("size", "accumulate", "log_every"), (1, None)),
     **dict.fromkeys(("workers", "warmup"), (-1, None)),
-    **{"betas": (0, 0.999999), "evaluate_every": (0.001, None)},
+    **{"betas": (0, 0.999999), "evaluate_every": (0.001, None), "corrupt": (0.01, 0.99)},
 }
 """The least and the most that a setting can be; None: any number."""
 
@@ -207,6 +237,31 @@ def check(recipe: Recipe) -> None:
                 raise UserError(f"--{name.replace('_', '-')} is {value:g}; give a number from {low:g}{most}.")
     if len(settings["size"]) > 2:
         raise UserError(f"--size has {len(settings['size'])} numbers; give one, or height and width.")
+    if recipe.masked:
+        _check_masked(settings, recipe.own)
+    elif recipe.objective != dataclasses.replace(ObjectiveSettings(), objective=recipe.objective.objective):
+        raise UserError("--targets and --corrupt are of --objective masked-patch (vitrail pretrain); leave them out.")
+
+
+def _check_masked(settings: Mapping[str, Any], own: Own) -> None:
+    default = flat(Recipe())
+    for name in sorted(LABELLED):
+        if settings[name] != default[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} is about labels, and masked patch prediction reads none; leave it out."
+            )
+    if settings["erasing"]:
+        raise UserError("--erasing would have its noise predicted; leave it out, patches are hidden anyway.")
+    if settings["pool"] == "attention":
+        raise UserError(
+            "--pool attention has weights that masked patch prediction does not train; give class (the model then has a "
+            "class token) or mean, and let fine-tuning add it."
+        )
+    if own.network is not None:
+        raise UserError(
+            "the recipe brings a network, and masked patch prediction needs a ViT of ours, whose patches it can corrupt; "
+            "name one with --model."
+        )
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

@@ -56,6 +56,34 @@ def write_report(
         _section("Data", _data(config.get("data", {}))),
         _section("Run it again", _again(config)),
     ]
+    return _write_page(folder, title, sections)
+
+
+def write_task_report(
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
+    sections: Mapping[str, str],
+) -> Path:
+    """Writes folder/report.html of a run that learned no classes, and returns its path.
+
+    config, metrics: as in `write_report`. rows: what was measured, the headline first; there may be none. sections: HTML by
+    title, after the curves; empty ones are left out.
+    """
+    parts = [
+        _task_headline(rows, config),
+        _section("Training", as_svg(curves(metrics), "Loss, validation accuracy and learning rate against the step")),
+        *(_section(title, body) for title, body in sections.items() if body),
+        _section("Data", _data(config.get("data", {}))),
+        _section("Run it again", _again(config)),
+    ]
+    said = f": {_plain(rows[0])}" if rows else ""
+    return _write_page(folder, f"{folder.resolve().name}{said}", parts)
+
+
+def _write_page(folder: Path, title: str, sections: Sequence[str]) -> Path:
     before, after = PAGE.replace("@title", escape(title).replace("@", "&#64;")).split("@body")
     page = before + "\n".join(sections) + after
     # Class names and paths may hold what is no valid UTF-8.
@@ -81,13 +109,42 @@ def _headline(rows: Sequence[Row], config: Mapping[str, Any]) -> str:
         sure += f"; expected were {first.expected:.2f} %"
     of = f"of {first.count:,} {escape(split)} pictures are recognised{sure}."
     others = "".join(f"<div><dt>{escape(_short(row, split))}</dt><dd>{_value(row)}</dd></div>" for row in rows[1:])
-    origin = escape(str(config.get("data", {}).get("origin", "")))
-    model = escape(str(config.get("settings", {}).get("model", "")))
     return (
-        f'<p class="origin">{model}{" on " if model and origin else ""}{origin}</p>\n'
+        f"{_of(config)}\n"
         f'<h1>{first.value:.2f}<span class="unit"> %</span></h1>\n<p class="lead">{of}</p>\n'
         f'<dl class="figures">{others}</dl>'
     )
+
+
+def _task_headline(rows: Sequence[Row], config: Mapping[str, Any]) -> str:
+    if not rows:
+        return f"{_of(config)}\n<h1>done</h1>\n"
+    first = rows[0]
+    digits, unit = (2, " %") if first.unit == "%" else (3, f" {first.unit}" if first.unit else "")
+    sure = (
+        ""
+        if first.low is None
+        else f", with 95 % confidence between {first.low:.{digits}f} and {first.high:.{digits}f}"
+    )
+    of = f"{escape(first.name)}{'' if first.count is None else f', of {first.count:,}'}{sure}."
+    if first.expected is not None:
+        of += f" Expected were {first.expected:.{digits}f}."
+    others = "".join(f"<div><dt>{escape(row.name)}</dt><dd>{_value(row)}</dd></div>" for row in rows[1:])
+    return (
+        f"{_of(config)}\n"
+        f'<h1>{first.value:.{digits}f}<span class="unit">{escape(unit)}</span></h1>\n<p class="lead">{of}</p>\n'
+        f'<dl class="figures">{others}</dl>'
+    )
+
+
+def _of(config: Mapping[str, Any]) -> str:
+    origin = escape(str(config.get("data", {}).get("origin", "")))
+    model = escape(str(config.get("settings", {}).get("model", "")))
+    return f'<p class="origin">{model}{" on " if model and origin else ""}{origin}</p>'
+
+
+def _plain(row: Row) -> str:
+    return f"{row.value:.2f} %" if row.unit == "%" else f"{row.value:.3f} {row.unit}".rstrip()
 
 
 def _short(row: Row, split: str) -> str:
@@ -185,7 +242,7 @@ def _data(data: Mapping[str, Any]) -> str:
     unreadable = list(data.get("unreadable", ()))
     facts = {
         "origin": data.get("origin", ""),
-        "classes": len(data.get("classes", ())),
+        **({"classes": len(data["classes"])} if data.get("classes") else {}),
         **{f"pictures, {split}": f"{count:,}" for split, count in data.get("counts", {}).items()},
         "unreadable, left out": f"{len(unreadable):,}",
         "fingerprint": str(data.get("fingerprint", ""))[:16],

@@ -20,7 +20,7 @@ from vitrail.core.runs import FORMAT, FULL, RunFolder, write_json
 from vitrail.core.types import Preprocess, Row
 from vitrail.core.values import to_json
 from vitrail.data.splits import Splits
-from vitrail.experiments import build
+from vitrail.experiments import build, pretraining
 from vitrail.experiments.costs import commit, measure_step, peak_memory, this_machine, versions
 from vitrail.experiments.pictures import open_pictures
 from vitrail.experiments.place import open_folder
@@ -28,6 +28,7 @@ from vitrail.experiments.plan import DataFacts, Machine, plan, plan_length, samp
 from vitrail.experiments.recipe import FINETUNE, Own, Recipe, check, flat, with_settings
 from vitrail.experiments.results import Result, Results, measure
 from vitrail.models.classifier import Classifier
+from vitrail.models.masked import MaskedPatchPredictor
 from vitrail.training import loop
 from vitrail.training.log import Log, Metrics, Screen, TensorBoard, WeightsAndBiases, duration
 from vitrail.training.memory import out_of_memory
@@ -38,10 +39,11 @@ MEASURED_SECONDS, MOST_MEASURED = 3.0, 50
 """A processor's clock wanders, so the plan rests on as many steps as these seconds hold, three to fifty."""
 
 
-def run(recipe: Recipe, command: Sequence[str] = ()) -> Result:
+def run(recipe: Recipe, command: Sequence[str] = (), expected: float | None = None) -> Result:
     """Carries a recipe out, on this process or, under torchrun, on all of them.
 
-    command: what was typed, for the record. Raises UserError on whatever a person has to mend.
+    command: what was typed, for the record. expected: what the headline is known to come to, as published, in its unit;
+    it is said and kept beside what came out. Raises UserError on whatever a person has to mend.
     """
     check(recipe)
     device = pick_device(recipe.run.device or None)
@@ -49,7 +51,7 @@ def run(recipe: Recipe, command: Sequence[str] = ()) -> Result:
     with ranks.together(device), own_randomness():
         folder, recipe = open_folder(recipe)
         try:
-            return _Experiment(recipe, device, folder, command).carry_out()
+            return _Experiment(recipe, device, folder, command, expected).carry_out()
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -75,6 +77,7 @@ class _Experiment:
     device: torch.device
     folder: RunFolder | None
     command: Sequence[str]
+    expected: float | None = None
 
     def carry_out(self) -> Result:
         requested = flat(self.recipe)
@@ -88,7 +91,8 @@ class _Experiment:
         model, preprocess = build.model(self.recipe, self.pictures.classes, start)
         if self.recipe.model.weights is not None:
             fate = "its head kept" if self.recipe.model.head == "keep" else "its backbone whole, a new head of zeros"
-            self.say(f"weights: {self.recipe.model.weights}, {fate}, for {len(self.pictures.classes)} classes")
+            what = "the patches' prediction" if self.recipe.masked else f"{len(self.pictures.classes)} classes"
+            self.say(f"weights: {self.recipe.model.weights}, {fate}, for {what}")
         self._length(model, preprocess, facts, machine)
         if self.recipe.run.dry_run:
             self.say("--dry-run: nothing was trained.")
@@ -96,7 +100,7 @@ class _Experiment:
         if not self.recipe.run.resume:
             self._write_config(requested, model, preprocess)
         outcome = self._train(model, preprocess, facts)
-        results = Results(self.recipe, self.device, self.folder, self.pictures, outcome, self.say)
+        results = Results(self.recipe, self.device, self.folder, self.pictures, outcome, self.say, self.expected)
         return results.finish(model, preprocess)
 
     def say(self, line: str = "") -> None:
@@ -150,7 +154,8 @@ class _Experiment:
     def _write_config(self, requested: dict[str, Any], model: nn.Module, preprocess: Preprocess) -> None:
         if self.folder is None:
             return
-        described = to_json(model.config) if isinstance(model, Classifier) else {"class": type(model).__qualname__}
+        ours = isinstance(model, (Classifier, MaskedPatchPredictor))
+        described = to_json(model.config) if ours else {"class": type(model).__qualname__}
         write_json(
             self.folder.file("config.json"),
             {
@@ -193,7 +198,7 @@ class _Experiment:
 
         evaluator = recipe.own.evaluate
         if evaluator is None and held_out is not None and recipe.own.objective is None:
-            evaluator = validate
+            evaluator = pretraining.evaluator(recipe, self.device, held_out) if recipe.masked else validate
         screen = Screen(len(loader), start) if ranks.first() else None
         logs = self._logs(start)
         try:

@@ -1,21 +1,142 @@
-"""What masked modelling adds to a ViT: the decoder of "Masked Autoencoders Are Scalable Vision Learners" (MAE).
+"""What masked modelling adds to a ViT: the paper's masked patch prediction, and MAE's decoder.
 
-The encoder sees only the patches that are left; the decoder puts a learned mask token where one is missing and predicts
-the pixels of all. Which patches are left, and the loss, are an objective's affair.
+In the paper's (appendix B.1.2) the encoder sees every place, some with another embedding than their own, and one linear
+layer predicts what belongs there. In "Masked Autoencoders Are Scalable Vision Learners" (MAE) it sees only the patches
+that are left; a decoder puts a learned mask token where one is missing and predicts the pixels of all. Which patches are
+corrupted or left, and the loss, are an objective's affair.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from vitrail.core.errors import UserError
-from vitrail.core.types import Features, Tokens
+from vitrail.core.types import Features, Preprocess, Tokens
+from vitrail.layers.heads import LinearHead
 from vitrail.layers.patches import grid_coordinates
 from vitrail.layers.positions import LearnedPositions, sincos2d
 from vitrail.layers.transformer import Encoder
-from vitrail.models.vit import ViTConfig
+from vitrail.models.vit import ViT, ViTConfig
+
+Targets = Literal["mean-colour", "downsized", "pixels"]
+LEVELS = 8
+"""Of a colour, by channel: the paper's 3 bits."""
+CELLS = 4
+"""Sides of the downsized patch."""
+
+
+@dataclass(frozen=True)
+class MaskedPatchConfig:
+    """Masked patch prediction, B.1.2. Raises UserError where the targets do not fit the patches.
+
+    targets: "mean-colour", one of 8 levels a channel (512 classes of RGB); "downsized", the patch at 4 x 4, each cell
+        such a colour of its own; "pixels", all numbers of the patch.
+    """
+
+    backbone: ViTConfig
+    targets: Targets = "mean-colour"
+
+    def __post_init__(self) -> None:
+        channels, patch = self.backbone.channels, self.backbone.stride
+        if self.targets != "pixels" and channels > 4:
+            raise UserError(f"{channels} channels make {LEVELS}^{channels} colours, too many to tell: predict pixels")
+        if self.targets == "downsized" and min(patch) < CELLS:
+            raise UserError(
+                f"a patch of {patch[0]} x {patch[1]} pixels cannot be downsized to {CELLS} x {CELLS}: predict its "
+                "mean-colour or its pixels"
+            )
+        if self.backbone.grid == (1, 1):
+            raise UserError("with a single patch nothing is left to predict it from: take smaller patches")
+
+    @property
+    def colours(self) -> int:
+        return LEVELS**self.backbone.channels
+
+    @property
+    def numbers(self) -> int:
+        """What is predicted of a patch: logits of its colour's classes, cell after cell, or pixel values."""
+        tall, wide = self.backbone.stride
+        each = {
+            "mean-colour": self.colours,
+            "downsized": CELLS * CELLS * self.colours,
+            "pixels": self.backbone.channels * tall * wide,
+        }
+        return each[self.targets]
+
+    def parameters(self) -> int:
+        """The closed formula: exactly what `build().parameters()` count."""
+        width = self.backbone.width
+        return self.backbone.parameters() + width + (width + 1) * self.numbers
+
+    def build(self, seed: int = 0, device: str | torch.device = "cpu") -> "MaskedPatchPredictor":
+        """With random weights, the same numbers for a seed on any device; on "meta", without any.
+
+        The backbone's are those that a classifier of the same seed has.
+        """
+        with torch.device("meta"):
+            model = MaskedPatchPredictor(self, self.backbone.build(device="meta"))
+        if torch.device(device).type == "meta":
+            return model
+        model.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(seed)
+        model.backbone.initialize(generator)
+        model.initialize(generator)
+        return model.to(device)
+
+
+class MaskedPatchPredictor(nn.Module):
+    """A headless ViT, the `[mask]` embedding, and the layer that predicts. Made by `MaskedPatchConfig.build` or `around`."""
+
+    def __init__(self, config: MaskedPatchConfig, backbone: ViT) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.mask = nn.Parameter(torch.empty(config.backbone.width))
+        self.head = LinearHead(config.backbone.width, config.numbers)
+
+    @classmethod
+    def around(cls, backbone: ViT, targets: Targets, seed: int = 0) -> "MaskedPatchPredictor":
+        """On a backbone that knows something already (shared, not copied), with mask and head new."""
+        model = cls(MaskedPatchConfig(backbone.config, targets), backbone)
+        model.initialize(torch.Generator().manual_seed(seed))
+        return model
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Of what stands around the backbone, in place. The mask's deviation is BERT's, 0.02."""
+        nn.init.normal_(self.mask, std=0.02, generator=generator)
+        self.head.initialize(generator)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.backbone.preprocess
+
+    def forward(
+        self, images: Shaped[Tensor, "b c h w"], sources: Int[Tensor, "b n"], places: Int[Tensor, "b m"]
+    ) -> Float[Tensor, "b m numbers"]:
+        """What is predicted of the patches at `places`, from their output representations alone.
+
+        images: uint8 pixels, which are normalised here, or normalised ones. sources: whose embedding stands at each place,
+        that of which patch (its own, most often), or, for -1, the mask's. Positions are added afterwards, so every
+        place keeps its own.
+        """
+        if images.dtype == torch.uint8:
+            images = self.preprocess.normalize(images)
+        tokens = self.backbone.tokenize(images)
+        moved = tokens.x.gather(1, sources.clamp(min=0)[..., None].expand(-1, -1, tokens.x.shape[2]))
+        x = torch.where(sources[..., None] < 0, self.mask.to(moved.dtype), moved)
+        seen = self.backbone.encode(replace(tokens, x=x), self.backbone.positions(tokens)).tokens
+        return self.head(seen.gather(1, places[..., None].expand(-1, -1, seen.shape[2])).flatten(0, 1)).unflatten(
+            0, places.shape
+        )
+
+    def layer_of(self, parameter: str) -> int:
+        """As the backbone's; the mask stands beside the patch embeddings, the head after the last block."""
+        if parameter.startswith("backbone."):
+            return self.backbone.layer_of(parameter.removeprefix("backbone."))
+        return 0 if parameter == "mask" else self.backbone.depth + 1
 
 
 @dataclass(frozen=True)
