@@ -1,10 +1,11 @@
 """`vitrail evaluate W --data D`: exact measurements of a classifier on labelled pictures.
 
-The data may list their classes in another order than the model's, and lack some: they are matched by name.
+The data may list their classes in another order than the model's, and lack some: they are matched by name. ImageNet and
+its relatives, given as `NAME:PATH`, are measured as their owners do (evaluation/suites.py).
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +16,19 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrail.commands.predict import printable
-from vitrail.core.device import Precision, cores, pick_device
+from vitrail.commands.reading import Checkpoint
+from vitrail.core.device import cores
 from vitrail.core.errors import UserError
 from vitrail.core.runs import read_json
-from vitrail.core.types import Sample, Source
-from vitrail.data import splits
+from vitrail.core.types import Source
+from vitrail.data import benchmarks, splits
 from vitrail.data.loader import Order, PictureLoader
 from vitrail.data.sources import listed, subset
 from vitrail.data.transforms import Transform
-from vitrail.evaluation.metrics import ClassResult, Tally, evaluate, spoken
-from vitrail.weights.load import load
+from vitrail.evaluation import suites
+from vitrail.evaluation.metrics import ClassResult, Tally, spoken
+from vitrail.evaluation.suites import Relabelled, Suite
+from vitrail.models.classifier import Classifier
 
 Split = Literal["", "test", "validation", "train"]
 MOST_CLASSES = 60
@@ -38,7 +42,11 @@ class Settings:
     weights: tyro.conf.Positional[Path]
     """A run's folder, a checkpoint of any known library, or an id (hf:OWNER/NAME, official:NAME, timm:NAME)."""
     data: str
-    """A folder, a CSV, JSON or parquet file, hub:NAME or sample:NAME, as for training."""
+    """A folder, a CSV, JSON or parquet file, hub:NAME or sample:NAME, as for training; or a published set in its owners'
+    files: imagenet, imagenet-v2, imagenet-a, imagenet-r, imagenet-sketch, objectnet, cifar10, cifar100, pets, flowers or
+    vtab/TASK, then a colon and the folder."""
+    labels: suites.Truth = "original"
+    """Of ImageNet's validation pictures: their original labels, or all that are right (ReaL, arXiv 2006.07159)."""
     split: Split = ""
     """Which part of the data; none: test, else validation (their own, or what the run held out), else all."""
     json: bool = False
@@ -47,30 +55,18 @@ class Settings:
     """Pictures looked at together; no result depends on it."""
     workers: int = -1
     """Processes that decode pictures; -1: one a core."""
-    device: str = ""
-    """cpu, cuda, cuda:1, mps; none: the fastest there is."""
-    precision: Precision = "fp32"
-    """Of matrix products; bf16 is faster on most GPUs and changes probabilities in the third digit."""
-    heads: int | None = None
-    """Attention heads, for checkpoints of other libraries that cannot say."""
-    grid: tuple[int, int] | None = None
-    """Rows and columns of the position table, likewise."""
-    preprocess: str = ""
-    """Preprocessing, where the checkpoint does not state it: as imagenet,bicubic,resize=256,size=224."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
 
 def run(settings: Settings) -> int:
     if settings.batch < 1:
         raise UserError(f"--batch is {settings.batch}; give at least 1.")
-    device = pick_device(settings.device or None)
-    model = load(
-        str(settings.weights), heads=settings.heads, grid=settings.grid, preprocess=settings.preprocess or None
-    ).to(device)
+    model = settings.checkpoint.classifier(settings.weights)
     found, what, notes = choose(settings.data, settings.split, settings.weights)
-    names = model.labels or found.classes
-    source = relabel(found, names, model.config.classes, settings.data)
+    suite = counting(settings, model, found)
+    source, names = suite.source, suite.source.classes
     console = Console(stderr=True, soft_wrap=True)
-    for note in notes:
+    for note in (*notes, *suite.notes):
         console.print(Text(note))
     loader = PictureLoader(
         source,
@@ -78,23 +74,16 @@ def run(settings: Settings) -> int:
         Order(len(source), min(settings.batch, len(source)), len(source), shuffle=False),
         workers=settings.workers if settings.workers >= 0 else cores(),
     )
-    tally = evaluate(
-        model,
-        loader,
-        model.config.classes,
-        device=device,
-        precision=settings.precision,
-        progress=True,
-        source=source,
-    )
+    tally = suite.measure(model, loader, device=settings.checkpoint.on(), precision=settings.checkpoint.precision)
     if len(loader.problems) == len(source):
         raise UserError(f"None of the {len(source)} pictures of {settings.data} could be read; check the files.")
-    rows = tally.rows(expected_count=len(source) - len(loader.problems))
+    rows = suite.rows(tally, len(source) - len(loader.problems))
     if settings.json:
         result = {
             "weights": str(settings.weights),
             "data": settings.data,
             "split": what,
+            "labels": settings.labels,
             "fingerprint": found.fingerprint,
             "count": tally.count,
             "unreadable": [
@@ -102,7 +91,7 @@ def run(settings: Settings) -> int:
                 for i, why in sorted(loader.problems.items())
             ],
             "rows": [asdict(row) for row in rows],
-            **details(tally, names, source),
+            **(details(tally, names, source) if suite.right is None else {}),
         }
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return 0
@@ -111,7 +100,8 @@ def run(settings: Settings) -> int:
     for row in rows:
         out.print(f"  {row.name:<24}{spoken(row)}", markup=False, soft_wrap=True)
     out.print(f"  {'unreadable':<24}{len(loader.problems)} of {len(source):,}")
-    out.print(table(tally, names))
+    if suite.right is None:
+        out.print(table(tally, names))
     return 0
 
 
@@ -119,7 +109,7 @@ def choose(data: str, split: Split, weights: Path) -> tuple[Source, str, tuple[s
     """The pictures to measure on, what they are called, and notes. Raises UserError where the data lack that split."""
     found, notes = splits.read(data)
     record = (weights if weights.is_dir() else weights.parent) / "split.json"
-    if "validation" not in found and record.exists():
+    if "train" in found and "validation" not in found and record.exists():
         made = read_json(record)
         # Where these are the run's own pictures, the model has learnt from all but the ones it held out.
         if made.get("fingerprint") == found["train"].fingerprint:
@@ -138,23 +128,20 @@ def choose(data: str, split: Split, weights: Path) -> tuple[Source, str, tuple[s
     return found["train"], "all pictures", notes
 
 
-@dataclass(frozen=True)
-class Relabelled:
-    """A source under the names that a model uses."""
+def counting(settings: Settings, model: Classifier, source: Source) -> Suite:
+    """What is looked at and how it is counted: ImageNet's family as its owners do, all else by the classes' names.
 
-    source: Source
-    classes: tuple[str, ...]
-    labels: np.ndarray
-
-    @property
-    def fingerprint(self) -> str:
-        return self.source.fingerprint
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample:
-        return replace(self.source[index], label=int(self.labels[index]))
+    Raises UserError where model and data do not fit together.
+    """
+    known = benchmarks.named(settings.data)
+    if known is not None and known[0] in suites.FAMILY:
+        return suites.suite(*known, source, model.labels, model.config.classes, settings.labels)
+    if settings.labels == "real":
+        raise UserError(
+            f"--labels real is for ImageNet's validation pictures, and {settings.data} says nothing of them: give --data "
+            "imagenet: and their folder."
+        )
+    return Suite(relabel(source, model.labels or source.classes, model.config.classes, settings.data))
 
 
 def relabel(source: Source, names: tuple[str, ...], classes: int, data: str) -> Relabelled:

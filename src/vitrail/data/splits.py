@@ -17,6 +17,7 @@ import numpy as np
 from vitrail.core.errors import UserError
 from vitrail.core.runs import read_json, write_json
 from vitrail.core.types import Source
+from vitrail.data import benchmarks
 from vitrail.data.folders import read_folders
 from vitrail.data.likeness import equal_pictures
 from vitrail.data.sources import Read, class_counts, key, listed, read_sample, sizes, subset
@@ -43,7 +44,8 @@ class Splits:
 
 
 def open_data(spec: str, *, validation: float = 0.1, seed: int = 0, record: Path | None = None) -> Splits:
-    """The data that --data names: a folder, a CSV or JSON, parquet, `hub:owner/name` or `sample:NAME`.
+    """The data that --data names: a folder, a CSV or JSON, parquet, `hub:owner/name`, `sample:NAME`, or a published set
+    in its owners' files, `NAME:PATH` (data/benchmarks.py).
 
     validation: the share of the training pictures to hold out, in [0, 1), where the data bring no validation split of
         their own; 0 holds none out.
@@ -54,6 +56,8 @@ def open_data(spec: str, *, validation: float = 0.1, seed: int = 0, record: Path
     if not 0 <= validation < 1:
         raise UserError(f"--validation is {validation}: give a share of the training pictures from 0 up to below 1.")
     found, notes = read(spec)
+    if "train" not in found:
+        raise UserError(f"{spec} has no training pictures, only {listed(found)}: give it to vitrail evaluate.")
     train, own, test = found["train"], found.get("validation"), found.get("test")
     present = np.unique(np.asarray(train.labels))
     if len(present) < 2:
@@ -74,7 +78,9 @@ def open_data(spec: str, *, validation: float = 0.1, seed: int = 0, record: Path
 
 
 def read(spec: str) -> Read:
-    """The sources that a spec names, by split, "train" always among them."""
+    """The sources that a spec names, by split; "train" always among them, but for published sets that only measure."""
+    if (known := benchmarks.named(spec)) is not None:
+        return benchmarks.read(*known)
     if spec.startswith("sample:"):
         name = spec.removeprefix("sample:")
         return {split: read_sample(name, split) for split in ("train", "test")}, ()
