@@ -1,4 +1,4 @@
-"""All that is drawn, and the only file that imports matplotlib; it makes its own Figures, never pyplot's global ones.
+"""All that is drawn of results; figures_inside.py and this file alone import matplotlib. It makes its own Figures, never pyplot's global ones.
 
 Each figure has to read on a light page and on a dark one. So the background is transparent, areas get their depth from
 opacity, and the ink is the grey that stands out from white as much as from black (4.5 : 1); inside an HTML page,
@@ -36,7 +36,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], path: Path | None = None) -> Fi
     "epoch". What was never measured leaves its panel empty. Saved as PNG where a path is given.
     """
     figure = Figure(figsize=(11, 3.1), layout=ConstrainedLayoutEngine(w_pad=0.12))
-    losses, accuracies, rates = (_panel(axis) for axis in figure.subplots(1, 3))
+    losses, accuracies, rates = (panel(axis) for axis in figure.subplots(1, 3))
 
     losses.set_title("loss (nats)", loc="left", color=INK, fontsize=10)
     steps, values = _measured(metrics, "loss")
@@ -83,6 +83,47 @@ def curves(metrics: Sequence[Mapping[str, Any]], path: Path | None = None) -> Fi
     return figure
 
 
+def compared(
+    metrics: Mapping[str, Sequence[Mapping[str, Any]]],
+    reached: Mapping[str, float],
+    level: tuple[str, float],
+    path: Path | None = None,
+) -> Figure:
+    """Validation accuracy of two runs against the step, with what each reached on the test pictures at its end.
+
+    metrics: lines of metrics.jsonl by run. reached: test accuracies in per cent, likewise. level: name and accuracy of
+    something without steps, drawn across. Saved as PNG where a path is given.
+    """
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axis = panel(figure.subplots())
+    title = "accuracy (%): on held-out pictures while learning, on test pictures at the end"
+    axis.set_title(title, loc="left", color=INK, fontsize=10)
+    last = max((int(line["step"]) for lines in metrics.values() for line in lines), default=1)
+    for (name, lines), colour in zip(metrics.items(), (SECOND, FIRST), strict=False):
+        axis.plot(*_measured(lines, "validation/accuracy"), color=colour, linewidth=1.4)
+        axis.plot(last, reached[name], "o", color=colour, markersize=6, clip_on=False)
+        axis.annotate(
+            f"{name}  {reached[name]:.1f}",
+            (last, reached[name]),
+            (9, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=9,
+            annotation_clip=False,
+        )
+    axis.axhline(level[1], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    axis.annotate(
+        f"{level[0]}  {level[1]:.1f}", (0, level[1]), (2, 3), textcoords="offset points", color=INK, fontsize=8
+    )
+    axis.set_xlim(0, last)
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if path is not None:
+        save(figure, path)
+    return figure
+
+
 def confusion(counts: Int[np.ndarray, "k k"], names: Sequence[str]) -> Figure:
     """A row a true class, a column a predicted one; the number is the count, the shade the root of its share.
 
@@ -91,7 +132,7 @@ def confusion(counts: Int[np.ndarray, "k k"], names: Sequence[str]) -> Figure:
     size = len(names)
     side = min(9.0, max(3.2, 1.5 + 0.55 * size))
     figure = Figure(figsize=(side, side), layout="constrained")
-    axis = _panel(figure.subplots())
+    axis = panel(figure.subplots())
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     shade = np.empty((size, size, 4))
     shade[..., :3] = [int(FIRST[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -121,8 +162,8 @@ def reliability(bins: Sequence[Bin]) -> Figure:
     """How often the model is right where it says how sure it is; below, how many pictures each bar rests on."""
     figure = Figure(figsize=(4.4, 4.4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    _panel(upper)
-    _panel(lower)
+    panel(upper)
+    panel(lower)
     filled = [b for b in bins if b.accuracy is not None]
     left, width = [100 * b.low for b in filled], 100 / len(bins)
     upper.bar(
@@ -163,7 +204,7 @@ def as_svg(figure: Figure, title: str) -> str:
     return f"{opening}>{rest}"
 
 
-def _panel(axis: Axes) -> Axes:
+def panel(axis: Axes) -> Axes:
     axis.set_facecolor("none")
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(INK)

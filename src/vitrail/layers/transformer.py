@@ -99,9 +99,8 @@ class Attention(nn.Module):
         valid: Bool[Tensor, "b t"] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """positions: their rotary and bias are obeyed. valid: tokens that may be looked at; None for all."""
-        query, key, value = self._project(x, positions)
-        mixed = attend(query, key, value, self._mask(query, positions, valid))
-        return self.dropout(self.output(mixed.transpose(1, 2).flatten(2)))
+        query, key, value = self.project(x, positions)
+        return self.merge(attend(query, key, value, self.mask(query, positions, valid)))
 
     def weights(
         self,
@@ -110,10 +109,13 @@ class Attention(nn.Module):
         valid: Bool[Tensor, "b t"] | None = None,
     ) -> Float[Tensor, "b heads t t"]:
         """The attention map that `forward` never writes down: each row, a query's, sums to 1."""
-        query, key, _ = self._project(x, positions)
-        return attention_map(query, key, self._mask(query, positions, valid))
+        query, key, _ = self.project(x, positions)
+        return attention_map(query, key, self.mask(query, positions, valid))
 
-    def _project(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Float[Tensor, "b t d"], positions: Positions = NO_POSITIONS
+    ) -> tuple[Float[Tensor, "b heads t e"], Float[Tensor, "b heads t e"], Float[Tensor, "b heads t e"]]:
+        """Queries, keys and values, normed and rotated where this model does so."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
@@ -121,7 +123,11 @@ class Attention(nn.Module):
             query, key = rotate(query, *positions.rotary), rotate(key, *positions.rotary)
         return query, key, value
 
-    def _mask(self, query: Tensor, positions: Positions, valid: Tensor | None) -> Tensor | None:
+    def merge(self, mixed: Float[Tensor, "b heads t e"]) -> Float[Tensor, "b t d"]:
+        """The heads' outputs side by side, through the last dense layer."""
+        return self.dropout(self.output(mixed.transpose(1, 2).flatten(2)))
+
+    def mask(self, query: Tensor, positions: Positions, valid: Tensor | None = None) -> Tensor | None:
         """What is added to the logits: the positions' bias of the queries, and minus infinity where not valid."""
         mask = None
         if positions.bias is not None:
@@ -158,7 +164,14 @@ class MLP(nn.Module):
             nn.init.normal_(layer.bias, std=1e-6, generator=generator)
 
     def forward(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
-        return self.dropout(self.output(self.dropout(gelu(self.hidden(x), self.kind))))
+        return self.contract(self.expand(x))
+
+    def expand(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any m"]:
+        """The hidden layer, after its nonlinearity."""
+        return gelu(self.hidden(x), self.kind)
+
+    def contract(self, hidden: Float[Tensor, "*any m"]) -> Float[Tensor, "*any d"]:
+        return self.dropout(self.output(self.dropout(hidden)))
 
 
 class SwiGLU(nn.Module):
@@ -177,8 +190,15 @@ class SwiGLU(nn.Module):
             nn.init.normal_(layer.bias, std=1e-6, generator=generator)
 
     def forward(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+        return self.contract(self.expand(x))
+
+    def expand(self, x: Float[Tensor, "*any d"]) -> Float[Tensor, "*any m"]:
+        """The hidden layer, after its nonlinearity."""
         gate, value = self.hidden(x).chunk(2, dim=-1)
-        return self.dropout(self.output(self.dropout(F.silu(gate) * value)))
+        return F.silu(gate) * value
+
+    def contract(self, hidden: Float[Tensor, "*any m"]) -> Float[Tensor, "*any d"]:
+        return self.dropout(self.output(self.dropout(hidden)))
 
 
 class Block(nn.Module):
@@ -220,9 +240,15 @@ class Block(nn.Module):
         positions: Positions = NO_POSITIONS,
         valid: Bool[Tensor, "b t"] | None = None,
     ) -> Float[Tensor, "b t d"]:
-        attended = self.attention(self.attention_norm(x), positions, valid)
-        x = x + self._sometimes(attended if self.attention_scale is None else attended * self.attention_scale)
-        transformed = self.mlp(self.mlp_norm(x))
+        x = self.add_attended(x, self.attention(self.attention_norm(x), positions, valid))
+        return self.add_transformed(x, self.mlp(self.mlp_norm(x)))
+
+    def add_attended(self, x: Float[Tensor, "b t d"], attended: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """Eq. 2's sum."""
+        return x + self._sometimes(attended if self.attention_scale is None else attended * self.attention_scale)
+
+    def add_transformed(self, x: Float[Tensor, "b t d"], transformed: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        """Eq. 3's sum."""
         return x + self._sometimes(transformed if self.mlp_scale is None else transformed * self.mlp_scale)
 
     def _sometimes(self, branch: Tensor) -> Tensor:
@@ -284,9 +310,7 @@ class Encoder(nn.Module):
         depth = len(self.blocks)
         if missing := [layer for layer in keep if not -depth <= layer < depth]:
             raise UserError(f"keep names block {missing[0]}, but the model's {depth} blocks are 0 to {depth - 1}")
-        if positions.stem is not None:
-            x = x + positions.stem
-        x = self.pre_norm(self.dropout(x))
+        x = self.enter(x, positions)
         kept: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             if positions.per_layer is not None:
@@ -298,3 +322,9 @@ class Encoder(nn.Module):
             if layer in keep or layer - depth in keep:
                 kept[layer] = x
         return self.norm(x), tuple(kept[layer % depth] for layer in keep)
+
+    def enter(self, x: Float[Tensor, "b t d"], positions: Positions = NO_POSITIONS) -> Float[Tensor, "b t d"]:
+        """Positions added at the stem, and the norm before the first block where there is one."""
+        if positions.stem is not None:
+            x = x + positions.stem
+        return self.pre_norm(self.dropout(x))

@@ -246,17 +246,19 @@ class ViT(nn.Module):
             per_layer=None if made.per_layer is None else tuple(table.to(dtype) for table in made.per_layer),
         )
 
+    def prepend(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b t d"]:
+        """Class token, distillation token and registers, as far as there are, set before the patch tokens."""
+        return x if self.prefix is None else torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
+
     def encode(self, tokens: Tokens, positions: Positions, keep: tuple[int, ...] = ()) -> Features:
         """Prefix tokens set before the patch tokens, positions added, through all blocks and the final norm.
 
         keep: blocks whose raw outputs, before any final norm, are wanted; negative ones count from the last.
         """
-        x, valid = tokens.x, tokens.valid
-        if self.prefix is not None:
-            x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], dim=1)
-            if valid is not None:
-                valid = torch.cat([valid.new_ones(x.shape[0], self.config.prefixes), valid], dim=1)
-        x, kept = self.encoder(x, positions, valid, keep)
+        valid = tokens.valid
+        if valid is not None:
+            valid = torch.cat([valid.new_ones(valid.shape[0], self.config.prefixes), valid], dim=1)
+        x, kept = self.encoder(self.prepend(tokens.x), positions, valid, keep)
         return self._split(x, tokens.grid, tuple(self._split(layer, tokens.grid) for layer in kept))
 
     def features(self, images: Float[Tensor, "b c h w"], keep: tuple[int, ...] = ()) -> Features:
