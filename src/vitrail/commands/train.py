@@ -1,7 +1,8 @@
-"""`vitrail train`, `vitrail finetune` and `vitrail run`: three ways to a recipe, one way to carry it out."""
+"""`vitrail train`, `vitrail finetune` and `vitrail run`: ways to a recipe, one way to carry it out."""
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,31 +13,78 @@ from vitrail.experiments.plan import change
 from vitrail.experiments.recipe import FINETUNE, Recipe, with_settings
 from vitrail.experiments.run import exit_code, run
 
-CONFIG = "--config FILE.toml sets any of these by name; flags win over it. 'planned' is filled in from the data."
+CONFIG = (
+    "--config FILE.toml sets any of these by name; flags win over it. --augreg LEVEL sets mixup and RandAugment to one of "
+    "AugReg's levels (none, light1, light2, medium1, medium2, strong1, strong2). 'planned' is filled in from the data."
+)
+NAMED = "NAME is a recipe of the paper (vitrail recipes lists them) or a Python file that defines `recipe`. "
+SWEEP = (
+    "--sweep chooses the rate as the paper does: on held-out pictures, then trains on all of them. --data cifar10=PATH, "
+    "say, takes the paper's data in their owners' files, plain --data PATH any other pictures. "
+)
 
 
 def train(arguments: list[str]) -> int:
     """Trains a model from random weights on --data."""
-    return _carry_out("train", arguments, Recipe())
+    return _carry_out(_settings("train", arguments, Recipe()))
 
 
 def finetune(arguments: list[str]) -> int:
     """Trains a model on --data from the weights of --weights, with a new head."""
-    return _carry_out("finetune", arguments, FINETUNE)
+    recipe = _settings("finetune", arguments, FINETUNE)
+    if recipe.model.weights is None:
+        recipe = change(recipe, "model", weights=Path(_usual_weights()))
+    return _carry_out(recipe)
 
 
 def run_file(arguments: list[str]) -> int:
-    """Carries out the recipe of a Python file; flags change its settings."""
+    """Carries out a recipe of the paper, or of a Python file; flags change its settings."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        parse(Recipe, ["--help"], "run NAME", Recipe(), NAMED + SWEEP + CONFIG)
     if not arguments or arguments[0].startswith("-"):
-        raise UserError("vitrail run needs a Python file that defines `recipe`; give its path first, then flags.")
-    return _carry_out("run", arguments[1:], read_recipe(arguments[0]))
+        raise UserError(
+            "vitrail run needs the name of a recipe (vitrail recipes lists them) or a Python file that defines `recipe`; "
+            "give it first, then flags."
+        )
+    name, rest = arguments[0], [argument for argument in arguments[1:] if argument != "--sweep"]
+    swept = len(rest) < len(arguments) - 1
+    if not name.endswith(".py") and not Path(name).is_file():
+        from vitrail.experiments.paper_names import cell
+        from vitrail.experiments.paper_run import carry_out
+
+        named = cell(name)
+        recipe = _settings(f"run {named.name}", rest, named.recipe, SWEEP)
+        return carry_out(named, recipe, swept, ["vitrail", *sys.argv[1:]])
+    if swept:
+        raise UserError("--sweep is for the recipes of Table 4 (vitrail recipes finetune lists them); leave it out.")
+    return _carry_out(_settings("run", rest, read_recipe(name)))
 
 
-def _carry_out(verb: str, arguments: list[str], recipe: Recipe) -> int:
+def _settings(verb: str, arguments: Sequence[str], recipe: Recipe, more: str = "") -> Recipe:
+    """The recipe with what --config, --augreg and the flags change in it, in this order."""
     rest, settings, name = read_toml(arguments)
-    recipe = parse(Recipe, rest, verb, with_settings(recipe, settings, f"--config {name}"), CONFIG)
-    if verb == "finetune" and recipe.model.weights is None:
-        recipe = change(recipe, "model", weights=Path(_usual_weights()))
+    rest, level = _level(rest)
+    recipe = with_settings(recipe, settings, f"--config {name}")
+    if level is not None:
+        from vitrail.experiments.paper import augreg
+
+        recipe = augreg(recipe, level)
+    return parse(Recipe, rest, verb, recipe, more + CONFIG)
+
+
+def _level(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """Takes `--augreg LEVEL` out of the arguments."""
+    rest: list[str] = []
+    for argument in arguments:
+        rest += argument.split("=", 1) if argument.startswith("--augreg=") else [argument]
+    if "--augreg" not in rest:
+        return rest, None
+    place = rest.index("--augreg")
+    level = rest[place + 1] if place + 1 < len(rest) else ""
+    return rest[:place] + rest[place + 2 :], level
+
+
+def _carry_out(recipe: Recipe) -> int:
     return exit_code(run(recipe, ["vitrail", *sys.argv[1:]]).outcome)
 
 
