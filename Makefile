@@ -1,4 +1,4 @@
-# Two commands: `make demo` trains a Vision Transformer on real pictures, `make test` checks everything.
+# Two commands: `make demo` shows what pre-training is worth, `make test` checks everything.
 # The first run of either makes .venv and installs into it; TORCH can name another build of torch.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ DEMO ?=
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
-	@.venv/bin/vitrail train --config examples/demo.toml $(DEMO)
+	@.venv/bin/vitrail demo $(DEMO)
 
 test: lint types contract tests tests-unhooked
 

@@ -66,8 +66,7 @@ def test_a_file_of_settings_names_settings_that_there_are(name: str) -> None:
     assert recipe["data"]
 
 
-def test_the_demo_is_what_the_makefile_says() -> None:
-    recipe = flat(with_settings(Recipe(), tomllib.loads((EXAMPLES / "demo.toml").read_text()), "demo.toml"))
+def test_the_example_from_scratch_is_what_the_bench_runs() -> None:
+    recipe = flat(with_settings(Recipe(), tomllib.loads((EXAMPLES / "from_scratch.toml").read_text()), "its file"))
     assert recipe["data"] == "sample:fashion"
-    assert recipe["out"] == "runs/demo"
-    assert "vitrail train --config examples/demo.toml" in (EXAMPLES.parent / "Makefile").read_text()
+    assert "from_scratch.toml" in (EXAMPLES.parent / "bench" / "from_scratch.py").read_text()

@@ -50,12 +50,12 @@ def test_the_certificate_says_what_it_is_and_computes(capsys: pytest.CaptureFixt
     assert found["report"]["numerics"] == {"gelu": "tanh", "norm_epsilon": 1e-6, "resample": "zoom"}
     assert found["picture"] == hashlib.sha256(picture.numpy().tobytes()).hexdigest()
     assert found["first"] == pytest.approx(logits[:8].tolist(), abs=1e-5)
-    assert found["top"][0][0] == str(int(logits.argmax()))
+    assert found["top"][0][0] == f"class {int(logits.argmax())}"
     assert [name for name, _, _ in found["means"]] == ["block 1", "block 2", "block 3", "features", "logits"]
     assert found["against"] is None
     assert verify.run(verify.Settings(str(TOKEN))) == 0
     text = capsys.readouterr().out
-    for words in (found["picture"], f"{logits.max():+.6f}  {logits.argmax()}", "official code", "GELU tanh"):
+    for words in (found["picture"], f"{logits.max():+.6f}  class {logits.argmax()}", "official code", "GELU tanh"):
         assert words in text
 
 

@@ -6,54 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import FIXTURES, agree, arrays, same, saved, shaken_model
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Numerics, Preprocess
-from vitrail.models.classifier import Classifier, ClassifierConfig
 from vitrail.models.vit import ViTConfig
 from vitrail.weights import big_vision
 from vitrail.weights.load import load, load_backbone
 from vitrail.weights.source import open_checkpoint
 
-FIXTURES = Path(__file__).parent / "fixtures"
-TOLERANCE = 2e-5
-"""Of the largest value of the output."""
 CASES = ("bigvision_map", "bigvision_gap_sincos", "bigvision_scan_bf16")
 SMALL = ViTConfig(24, 2, 3, 40, (8, 8), (32, 32))
-
-
-def arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as file:
-        return dict(file)
-
-
-def saved(tmp_path: Path, there: dict[str, np.ndarray]) -> Path:
-    path = tmp_path / "changed.npz"
-    np.savez(path, **there)
-    return path
-
-
-def agree(found: torch.Tensor, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
-
-
-def same(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    """To the bit, by name."""
-    ones, others = one.state_dict(), other.state_dict()
-    assert ones.keys() == others.keys()
-    for name, tensor in ones.items():
-        assert torch.equal(tensor, others[name]), name
-
-
-def built(config: ViTConfig, pool: str = "class", **more: object) -> Classifier:
-    """Every tensor random, so that heads, norms and positions matter."""
-    whole = ClassifierConfig(config, **{"classes": 5, "pool": pool, **more})  # type: ignore[arg-type]
-    model = whole.build(seed=3)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
 
 
 def pictures(height: int = 32, width: int = 32) -> torch.Tensor:
@@ -126,7 +89,7 @@ def test_training_states_keep_the_model_under_a_prefix(prefix: str, tmp_path: Pa
 
 
 def test_the_table_of_before_2022_has_a_row_for_the_class_token(tmp_path: Path) -> None:
-    model = built(SMALL)
+    model = shaken_model(SMALL)
     big_vision.write(model, tmp_path / "now.npz")
     table = model.backbone.position_embedding
     rows = torch.cat([table.prefix, table.grid.flatten(0, 1)]).detach().numpy()[None]
@@ -139,7 +102,7 @@ def test_the_table_of_before_2022_has_a_row_for_the_class_token(tmp_path: Path) 
 
 
 def test_the_class_tokens_position_is_folded_and_said(tmp_path: Path) -> None:
-    model = built(SMALL)
+    model = shaken_model(SMALL)
     assert big_vision.write(model, tmp_path / "folded.npz") == (
         "the class token's position is folded into the class token",
     )
@@ -203,7 +166,7 @@ def test_a_head_of_zeros_is_no_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("positions", ["learned", "sincos2d"])
 def test_a_backbone_without_a_head_goes_both_ways(positions: str, tmp_path: Path) -> None:
-    bare = built(replace(SMALL, positions=positions, prefix_positions=False, image=(224, 224))).backbone
+    bare = shaken_model(replace(SMALL, positions=positions, prefix_positions=False, image=(224, 224))).backbone
     assert big_vision.write(bare, tmp_path / "bare.npz") == ()
     again = load_backbone(tmp_path / "bare.npz")
     same(again, bare)
@@ -258,7 +221,7 @@ def test_an_attention_pool_beside_a_class_token_is_refused(tmp_path: Path) -> No
 
 
 def test_a_grid_that_is_no_square_is_asked_for(tmp_path: Path) -> None:
-    model = built(replace(SMALL, class_token=False, image=(48, 80)), "mean")
+    model = shaken_model(replace(SMALL, class_token=False, image=(48, 80)), "mean")
     (note,) = big_vision.write(model, tmp_path / "wide.npz")
     assert "grid=6x10" in note
     with pytest.raises(UserError, match="60 patches, which fill no square"):
@@ -268,9 +231,9 @@ def test_a_grid_that_is_no_square_is_asked_for(tmp_path: Path) -> None:
 
 def test_rows_that_would_be_read_as_others_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 x 8"):
-        big_vision.write(built(replace(SMALL, class_token=False, image=(16, 64)), "mean"), tmp_path / "wide.npz")
+        big_vision.write(shaken_model(replace(SMALL, class_token=False, image=(16, 64)), "mean"), tmp_path / "wide.npz")
     with pytest.raises(UserError, match="10 patches, which would be read as the class token and 9"):
-        big_vision.write(built(replace(SMALL, image=(16, 40))), tmp_path / "wide.npz")
+        big_vision.write(shaken_model(replace(SMALL, image=(16, 40))), tmp_path / "wide.npz")
 
 
 @pytest.mark.parametrize(
@@ -291,12 +254,12 @@ def test_what_the_format_cannot_hold_is_refused(
     config: ViTConfig, pool: str, more: dict[str, object], what: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=f"big_vision's format cannot hold .*{what}"):
-        big_vision.write(built(config, pool, **more), tmp_path / "never.npz")
+        big_vision.write(shaken_model(config, pool, **more), tmp_path / "never.npz")
     assert not any(tmp_path.iterdir())
 
 
 def test_what_the_file_leaves_unsaid_is_returned(tmp_path: Path) -> None:
-    model = built(replace(SMALL, class_token=False, positions="sincos2d"), "mean")
+    model = shaken_model(replace(SMALL, class_token=False, positions="sincos2d"), "mean")
     model.preprocess = Preprocess(size=(32, 32), mean=(0.485, 0.456, 0.406), deviation=(0.229, 0.224, 0.225))
     size, preprocessing = big_vision.write(model, tmp_path / "unsaid.npz")
     assert "32 x 32 pixels: load it with grid=4x4" in size

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import FIXTURES, agree, arrays, saved
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
@@ -13,24 +14,7 @@ from vitrail.weights import bit
 from vitrail.weights.load import load, load_backbone
 from vitrail.weights.source import open_checkpoint
 
-FILE = Path(__file__).parent / "fixtures" / "bit.npz"
-TOLERANCE = 2e-5
-"""Of the largest value of the output."""
-
-
-def arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as file:
-        return dict(file)
-
-
-def saved(tmp_path: Path, there: dict[str, np.ndarray]) -> Path:
-    path = tmp_path / "changed.npz"
-    np.savez(path, **there)
-    return path
-
-
-def agree(found: torch.Tensor, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+FILE = FIXTURES / "bit.npz"
 
 
 def test_logits_and_features_are_big_visions() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoints import FIXTURES, agree, random_model, scramble, tokens
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,7 @@ from vitrail.data.transforms import Transform
 from vitrail.models.classifier import Classifier, ClassifierConfig
 from vitrail.models.masked import MAEDecoderConfig
 from vitrail.models.resnet import ResNetConfig
-from vitrail.models.vit import ViT, ViTConfig
+from vitrail.models.vit import ViTConfig
 from vitrail.weights import huggingface
 from vitrail.weights.load import load, load_backbone, read
 
@@ -30,9 +31,6 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
-FIXTURES = Path(__file__).parent / "fixtures"
-TOLERANCE = 2e-5
-"""Of the largest value of the output."""
 CASES = {
     "vit": "logits",
     "dinov2": "logits",
@@ -42,29 +40,6 @@ CASES = {
     "siglip_vision": "pooled",
 }
 SMALL = ViTConfig(24, 2, 3, 48, (8, 8), (32, 32), numerics=Numerics("erf", 1e-6, "bicubic"))
-
-
-def agree(found: torch.Tensor, expected: torch.Tensor | np.ndarray) -> None:
-    expected = np.asarray(expected.detach() if isinstance(expected, torch.Tensor) else expected)
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
-
-
-def tokens(model: ViT, images: torch.Tensor) -> torch.Tensor:
-    features = model.features(images)
-    return torch.cat([features.prefix, features.tokens], dim=1)
-
-
-def scramble(model: torch.nn.Module) -> Any:
-    """Nothing is zero or one."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + 0.5 * (parameter.ndim == 1))
-    return model.eval()
-
-
-def random_model(config: ViTConfig = SMALL, **head: Any) -> Classifier:
-    return scramble(ClassifierConfig(config, **{"classes": 5, **head}).build())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -279,7 +254,7 @@ def test_what_was_folded_is_said(tmp_path: Path) -> None:
 def test_preprocessing_is_what_transformers_does_with_it(
     preprocess: Preprocess, processor: str, tmp_path: Path
 ) -> None:
-    model = random_model()
+    model = random_model(SMALL)
     model.preprocess = preprocess
     huggingface.write(model, tmp_path)
     assert load(tmp_path).preprocess == preprocess
@@ -316,7 +291,7 @@ def test_preprocessing_is_what_transformers_does_with_it(
     ],
 )
 def test_preprocessing_as_files_state_it(data: dict[str, Any], expected: Preprocess, tmp_path: Path) -> None:
-    huggingface.write(random_model(), tmp_path)
+    huggingface.write(random_model(SMALL), tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(data))
     found = load(tmp_path).preprocess
     assert (found.size, found.resize, found.interpolation) == (expected.size, expected.resize, expected.interpolation)
@@ -324,7 +299,7 @@ def test_preprocessing_as_files_state_it(data: dict[str, Any], expected: Preproc
 
 
 def test_what_a_processor_leaves_open_is_said(tmp_path: Path) -> None:
-    huggingface.write(random_model(), tmp_path)
+    huggingface.write(random_model(SMALL), tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_resize": False}))
     assert any("resizes nothing" in note for note in load(tmp_path).report.notes)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 32}}))
@@ -455,6 +430,6 @@ def test_what_transformers_cannot_hold_is_not_written(
 
 def test_only_folders_and_vits_are_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give a folder"):
-        huggingface.write(random_model(), tmp_path / "model.safetensors")
+        huggingface.write(random_model(SMALL), tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="ResNet"):
         huggingface.write(ClassifierConfig(ResNetConfig((1,), root_width=32), 3, "mean").build(), tmp_path / "x")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import FIXTURES, TOKEN, agree, changed, recorded
 from safetensors.torch import load_file, save_file
 
 from vitrail import cli
@@ -24,39 +25,17 @@ from vitrail.models.vit import ViT, ViTConfig
 from vitrail.weights import labels, native, official
 from vitrail.weights.formats import FAMILIES, identify, writer
 from vitrail.weights.load import inspect, load, load_any, load_backbone
-from vitrail.weights.report import LoadReport
+from vitrail.weights.report import LoadReport, page
 from vitrail.weights.source import open_checkpoint, sha256
-
-FIXTURES = Path(__file__).parent / "fixtures"
-TOKEN = FIXTURES / "official_token.npz"
-
-
-def close(ours: torch.Tensor, theirs: np.ndarray) -> None:
-    assert ours.shape == theirs.shape
-    assert float((ours - torch.from_numpy(theirs)).abs().max()) <= 2e-5 * float(np.abs(theirs).max())
-
-
-def pictures(case: str) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
-    recorded = dict(np.load(FIXTURES / f"{case}_io.npz"))
-    images = recorded.pop("images_nhwc").transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(images)), recorded
-
-
-def changed(tmp_path: Path, source: Path = TOKEN, **arrays: Any) -> Path:
-    """The official file with these entries instead; None: without."""
-    kept = dict(np.load(source)) | arrays
-    np.savez(tmp_path / "changed.npz", **{name: array for name, array in kept.items() if array is not None})
-    return tmp_path / "changed.npz"
-
 
 # What comes out
 
 
 def test_load_gives_the_model_with_its_report() -> None:
     model = load(TOKEN)
-    images, recorded = pictures("official_token")
+    images, theirs = recorded("official_token")
     assert not model.training
-    close(model(images).detach(), recorded["logits"])
+    agree(model(images).detach(), theirs["logits"])
     report = model.report
     assert isinstance(report, LoadReport)
     assert report.format == "official"
@@ -93,7 +72,7 @@ def test_load_backbone_leaves_the_head_and_says_so() -> None:
     backbone = load_backbone(TOKEN)
     assert isinstance(backbone, ViT)
     assert not backbone.training
-    images, _ = pictures("official_token")
+    images, _ = recorded("official_token")
     assert torch.equal(backbone.features(images).tokens, load(TOKEN).backbone.features(images).tokens)
     left = dict(backbone.report.left_out)
     assert set(left) == {"head/kernel", "head/bias"}
@@ -121,7 +100,7 @@ def test_a_head_that_is_none_is_refused_and_the_backbone_is_taken(tmp_path: Path
         load(file)
     backbone = load_backbone(file)
     assert backbone.report.head == ("all zeros" if zeros else "absent")
-    images, _ = pictures("official_token")
+    images, _ = recorded("official_token")
     assert torch.equal(backbone.features(images).prefix, load(TOKEN).backbone.features(images).prefix)
     assert inspect(file).head == backbone.report.head
     whole = load_any(file, image=(96, 96))
@@ -130,9 +109,9 @@ def test_a_head_that_is_none_is_refused_and_the_backbone_is_taken(tmp_path: Path
 
 
 def test_another_size_is_resampled_and_said() -> None:
-    images, recorded = pictures("official_token_96")
+    images, theirs = recorded("official_token_96")
     larger = load(TOKEN, image=(96, 96), dropout=0.25, drop_path=0.5)
-    close(larger(images).detach(), recorded["logits"])
+    agree(larger(images).detach(), theirs["logits"])
     assert larger.config.backbone.image == larger.preprocess.size == larger.report.preprocess.size == (96, 96)
     assert (larger.config.backbone.dropout, larger.config.backbone.drop_path) == (0.25, 0.5)
     assert larger.report.resampled == ("position table from 8 x 8 to 12 x 12 by zoom",)
@@ -178,8 +157,8 @@ def test_words_for_no_preprocessing_are_one_sentence(words: str) -> None:
 
 def test_half_precision_becomes_single_and_is_said() -> None:
     model = load(FIXTURES / "bigvision_scan_bf16.npz")
-    images, recorded = pictures("bigvision_scan_bf16")
-    close(model(images).detach(), recorded["logits"])
+    images, theirs = recorded("bigvision_scan_bf16")
+    agree(model(images).detach(), theirs["logits"])
     assert model.report.dtypes == ("bfloat16 -> float32",)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
@@ -373,6 +352,16 @@ def test_the_command_prints_the_report_or_json(capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out)
     assert found.pop("sha256") == inspect(TOKEN).sha256
     assert from_json(LoadReport, found) == inspect(TOKEN)
+
+
+def test_in_a_terminal_the_words_keep_their_column() -> None:
+    lines = list(load(FIXTURES / "hf_vit").report.lines())
+    narrow = page(lines, 80).splitlines()
+    assert max(map(len, narrow)) <= 80
+    assert len(narrow) > len(lines)
+    assert all(line[13] == " " for line in narrow)
+    assert "".join(page(lines, 80).split()) == "".join(page(lines).split())
+    assert page([("", ""), ("sha256", "0" * 64)], 40).splitlines() == ["", f"{'sha256':<14}{'0' * 64}"]
 
 
 def test_a_run_folder_whose_config_is_not_the_models_is_read(tmp_path: Path) -> None:

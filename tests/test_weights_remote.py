@@ -22,7 +22,7 @@ from vitrail.core.errors import UserError
 from vitrail.weights import storage
 from vitrail.weights.checksums import crc32c
 from vitrail.weights.load import load
-from vitrail.weights.remote import fetch
+from vitrail.weights.remote import cached, fetch
 
 FIXTURES = Path(__file__).parent / "fixtures"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -328,6 +328,37 @@ def test_shards_come_all(server: Server, tmp_path: Path) -> None:
         server.files[f"/o/n/{shard}"] = shard.encode()
     folder = fetch("hf:o/n", base=server.address, cache=tmp_path)
     assert {file.name for file in folder.iterdir()} == {"model.safetensors.index.json", *index["weight_map"].values()}
+
+
+def test_what_is_in_the_cache_is_found_without_a_server(server: Server, tmp_path: Path) -> None:
+    on_hub(server, FIXTURES / "hf_vit", "timm/tiny")
+    server.files[PLAIN] = content()
+    for source in ("timm:tiny", "official:imagenet21k/ViT-B_16"):
+        assert cached(source, cache=tmp_path) is None
+        place = fetch(source, base=server.address, cache=tmp_path)
+        server.asked.clear()
+        assert cached(source, cache=tmp_path) == place
+        assert server.asked == []
+    with pytest.raises(UserError, match="is no id"):
+        cached("elsewhere:tiny", cache=tmp_path)
+
+
+def test_what_is_in_the_cache_in_part_or_damaged_counts_as_not_there(server: Server, tmp_path: Path) -> None:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    server.files["/o/n/model.safetensors.index.json"] = json.dumps(index).encode()
+    for shard in shards:
+        server.files[f"/o/n/{shard}"] = shard.encode()
+    folder = fetch("hf:o/n", base=server.address, cache=tmp_path)
+    assert cached("hf:o/n", cache=tmp_path) == folder
+    (folder / shards[1]).unlink()
+    assert cached("hf:o/n", cache=tmp_path) is None
+    on_hub(server, FIXTURES / "hf_vit", "owner/tiny")
+    folder = fetch("hf:owner/tiny", base=server.address, cache=tmp_path)
+    shutil.rmtree(tmp_path / "checked")
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write(b"x")
+    assert cached("hf:owner/tiny", cache=tmp_path) is None
 
 
 def test_load_takes_an_id_that_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def forged(path: Path, header: object, data: bytes = bytes(64)) -> Path:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}}, "of shape .4,. in 12 bytes"),
+        ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 64]}}, "of shape .4,. in 64 bytes"),
         ({"x": {"dtype": "F32", "shape": [2, -2], "data_offsets": [16, 0]}}, "damaged header"),
         ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [-8, 8]}}, "damaged header"),
         ({"x": {"dtype": "Q7", "shape": [4], "data_offsets": [0, 16]}}, "damaged header"),
@@ -204,12 +204,27 @@ def forged(path: Path, header: object, data: bytes = bytes(64)) -> Path:
         ({"x": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}, "cut short"),
         (b"{not json at all", "damaged header"),
         (b'{"x":' + b"[" * 100_000, "damaged header"),
-        ({}, "holds no tensors"),
-        ({"__metadata__": {"a": "b"}}, "holds no tensors"),
+        ({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16, 16]}}, "damaged header"),
+        ({"x": {"dtype": "F32", "shape": [12], "data_offsets": [16, 64]}}, "damaged header"),
+        ({name: {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]} for name in "xy"}, "damaged header"),
+        ({"x": {"dtype": "F32", "shape": [15], "data_offsets": [0, 60]}}, "has 4 bytes more than it says"),
     ],
 )
 def test_a_forged_header_is_one_sentence(tmp_path: Path, header: object, message: str) -> None:
     refusal(forged(tmp_path / "forged.safetensors", header), message)
+
+
+def test_bytes_put_into_a_safetensors_file_are_noticed(tmp_path: Path) -> None:
+    """They would move all numbers behind them, and only the length shows it."""
+    save_file(TENSORS, tmp_path / "some.safetensors")
+    content = (tmp_path / "some.safetensors").read_bytes()
+    (tmp_path / "some.safetensors").write_bytes(content[:-100] + bytes(8) + content[-100:])
+    refusal(tmp_path / "some.safetensors", "has 8 bytes more than it says")
+
+
+@pytest.mark.parametrize("header", [{}, {"__metadata__": {"a": "b"}}])
+def test_a_header_without_tensors(tmp_path: Path, header: object) -> None:
+    refusal(forged(tmp_path / "forged.safetensors", header, b""), "holds no tensors")
 
 
 def test_a_safetensors_file_that_is_cut_under_way_is_one_sentence(tmp_path: Path) -> None:

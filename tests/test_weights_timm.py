@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import FIXTURES, agree, pictures, random_model
 from safetensors.torch import load_file, save_file
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Numerics, Preprocess
-from vitrail.models.classifier import Classifier, ClassifierConfig
+from vitrail.models.classifier import ClassifierConfig
 from vitrail.models.resnet import ResNetConfig, TrunkConfig
 from vitrail.models.vit import ViT, ViTConfig
 from vitrail.weights import timm
@@ -25,18 +26,11 @@ from vitrail.weights.source import open_checkpoint
 from vitrail.weights.timm_names import TRUNK_EPSILON, TRUNK_STANDARDIZATION
 from vitrail.weights.zoo import VARIANTS
 
-FIXTURES = Path(__file__).parent / "fixtures"
-TOLERANCE = 2e-5
-"""Of the largest value of the output."""
 CASES = ("plain", "avg", "rect", "qknorm", "map", "swiglu", "dinov2like", "distilled")
 DRAWN: dict[str, dict[str, Any]] = json.loads((FIXTURES / "timm_drawn.json").read_text())
 SMALL = ViTConfig(24, 2, 3, 40, (8, 8), (32, 32), numerics=Numerics("erf", 1e-6, "bicubic-antialias"))
 NANO = (*(getattr(VARIANTS["Nano"], name) for name in ("width", "depth", "mlp", "heads")), "ViT-Nano")
 TIMMS_TRUNK = TrunkConfig((), 64, TRUNK_EPSILON, TRUNK_STANDARDIZATION)
-
-
-def agree(found: torch.Tensor, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
 def state_of(case: str) -> dict[str, torch.Tensor]:
@@ -68,20 +62,6 @@ def drawn_folder(case: str, folder: Path) -> Path:
     if DRAWN[case]["config"] is not None:
         (folder / "config.json").write_text(json.dumps(DRAWN[case]["config"]))
     return folder
-
-
-def random_model(config: ViTConfig = SMALL, **head: Any) -> Classifier:
-    """A classifier in which nothing is zero or one."""
-    model = ClassifierConfig(config, **{"classes": 5, **head}).build().eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + 0.5 * (parameter.ndim == 1))
-    return model
-
-
-def pictures(config: ViTConfig) -> torch.Tensor:
-    return torch.randn(2, config.channels, *config.image, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("case", CASES)

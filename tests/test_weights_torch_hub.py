@@ -7,10 +7,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoints import FIXTURES, agree, recorded, tokens
 from safetensors.torch import load_file
 
 from vitrail.core.errors import UserError
@@ -20,7 +20,6 @@ from vitrail.weights import timm, torch_hub
 from vitrail.weights.load import load, load_backbone, read
 from vitrail.weights.source import open_checkpoint
 
-FIXTURES = Path(__file__).parent / "fixtures"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -39,25 +38,22 @@ def save(content: Any, tmp_path: Path) -> Path:
 
 
 def check_features(model: ViT, case: str) -> None:
-    io = np.load(FIXTURES / f"timm_{case}_io.npz")
-    features = model.features(torch.from_numpy(io["images_nchw"]))
-    found = torch.cat([features.prefix, features.tokens], dim=1).detach().numpy()
-    np.testing.assert_allclose(found, io["features"], rtol=0, atol=2e-5 * np.abs(io["features"]).max())
+    images, theirs = recorded(f"timm_{case}")
+    agree(tokens(model, images), theirs["features"])
 
 
 def check_logits(path: Path, case: str) -> None:
-    io = np.load(FIXTURES / f"timm_{case}_io.npz")
-    found = load(path, heads=3)(torch.from_numpy(io["images_nchw"])).detach().numpy()
-    np.testing.assert_allclose(found, io["logits"], rtol=0, atol=2e-5 * np.abs(io["logits"]).max())
+    images, theirs = recorded(f"timm_{case}")
+    agree(load(path, heads=3)(images), theirs["logits"])
 
 
 def dinov2(registers: bool = True) -> dict[str, torch.Tensor]:
     """The fixture that is like a DINOv2, as DINOv2 names it: with a row for the class token, and a mask token."""
     state = state_of("dinov2like")
-    token, tokens = state.pop("cls_token"), state.pop("reg_token")
+    token, more = state.pop("cls_token"), state.pop("reg_token")
     row = torch.randn(1, 1, 24, generator=torch.Generator().manual_seed(0))
     state |= {"cls_token": token - row, "pos_embed": torch.cat([row, state["pos_embed"]], dim=1)}
-    return state | {"mask_token": torch.zeros(1, 24)} | ({"register_tokens": tokens} if registers else {})
+    return state | {"mask_token": torch.zeros(1, 24)} | ({"register_tokens": more} if registers else {})
 
 
 def test_dino_backbone(tmp_path: Path) -> None:
@@ -131,7 +127,7 @@ def test_dinov2_swiglu_and_its_offset(tmp_path: Path) -> None:
 
 def test_dinov2_looks_at_224_pixels(tmp_path: Path) -> None:
     """Its table is for 518, its authors evaluate at 224."""
-    small = ViTConfig(64, 1, 1, 64, (14, 14), (518, 518), registers=2).build()
+    small = ViTConfig(64, 1, 1, 64, (14, 14), (518, 518), registers=2, layer_scale=True).build()
     timm.write(small, tmp_path / "x.safetensors")
     state = load_file(tmp_path / "x.safetensors")
     state["register_tokens"], state["pos_embed"] = state.pop("reg_token"), torch.zeros(1, 1 + 37 * 37, 64)

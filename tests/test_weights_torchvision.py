@@ -4,42 +4,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoints import FIXTURES, agree, random_model, recorded
 from safetensors.torch import load_file, save_file
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Numerics, Preprocess
-from vitrail.models.classifier import Classifier, ClassifierConfig
+from vitrail.models.classifier import ClassifierConfig
 from vitrail.models.resnet import ResNetConfig
 from vitrail.models.vit import ViTConfig
 from vitrail.weights import torchvision
 from vitrail.weights.load import load, load_backbone
 from vitrail.weights.source import open_checkpoint
 
-FIXTURES = Path(__file__).parent / "fixtures"
 FILE = FIXTURES / "torchvision_vit.safetensors"
-IO = np.load(FIXTURES / "torchvision_vit_io.npz")
-IMAGES = torch.from_numpy(IO["images_nchw"])
+IMAGES, IO = recorded("torchvision_vit")
 SMALL = ViTConfig(24, 2, 3, 40, (8, 8), (32, 32), numerics=Numerics("erf", 1e-6, "bicubic-aligned"))
-
-
-def random_model(config: ViTConfig = SMALL, **head: Any) -> Classifier:
-    model = ClassifierConfig(config, **{"classes": 5, **head}).build().eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + 0.5 * (parameter.ndim == 1))
-    return model
 
 
 def test_it_gives_what_torchvision_gave() -> None:
     model = load(FILE, heads=4)
-    np.testing.assert_allclose(
-        model(IMAGES).detach().numpy(), IO["logits"], rtol=0, atol=2e-5 * np.abs(IO["logits"]).max()
-    )
+    agree(model(IMAGES), IO["logits"])
     assert model.preprocess == Preprocess((64, 64), 73, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert model.report.preprocess_source.startswith("assumed")
 
@@ -112,7 +99,7 @@ def test_what_is_folded_is_the_same_function(config: ViTConfig, tmp_path: Path) 
 
 
 def test_a_backbone_alone(tmp_path: Path) -> None:
-    backbone = random_model().backbone
+    backbone = random_model(SMALL).backbone
     notes = torchvision.write(backbone, tmp_path / "model.safetensors")
     assert any("no head" in note for note in notes)
     with pytest.raises(UserError, match="no head"):

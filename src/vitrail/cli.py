@@ -7,11 +7,18 @@ from collections.abc import Sequence
 from typing import get_type_hints
 
 VERBS = {
+    "demo": ("vitrail.commands.demo:run", "what pre-training is worth, in three minutes"),
+    "fit": ("vitrail.commands.fit:run", "an answer within a minute for anyone's photos, then a better one"),
     "train": ("vitrail.commands.train:train", "train a model from random weights on your pictures"),
     "finetune": ("vitrail.commands.train:finetune", "train on from a checkpoint, on your pictures and classes"),
+    "pretrain": ("vitrail.commands.pretrain:pretrain", "learn from pictures without labels, by masked patch prediction"),
     "run": ("vitrail.commands.train:run_file", "carry out a recipe of your own, a Python file"),
     "predict": ("vitrail.commands.predict:run", "what a model sees in pictures"),
     "evaluate": ("vitrail.commands.evaluate:run", "how often a model is right on labelled pictures"),
+    "probe": ("vitrail.commands.probe:run", "how much a frozen model already knows: few-shot, linear, kNN"),
+    "vtab": ("vitrail.commands.vtab:run", "VTAB-1k: which tasks are here, and how a model does on them"),
+    "explain": ("vitrail.commands.explain:run", "one picture's way through a model, step by step"),
+    "figures": ("vitrail.commands.figures:run", "filters, positions, attention, tokens: a look inside"),
     "weights": ("vitrail.commands.weights:run", "what a checkpoint is, and what loading does to it"),
     "convert": ("vitrail.commands.convert:run", "a checkpoint for another library, compared before it is trusted"),
     "verify": ("vitrail.commands.verify:run", "a checkpoint's certificate; or how far two of them differ"),

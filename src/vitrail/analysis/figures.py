@@ -1,4 +1,5 @@
-"""All that is drawn of results; figures_inside.py and this file alone import matplotlib. It makes its own Figures, never pyplot's global ones.
+"""All that is drawn of results; figures_inside.py and this file alone import matplotlib. Both make their own Figures, never
+pyplot's global ones.
 
 Each figure has to read on a light page and on a dark one. So the background is transparent, areas get their depth from
 opacity, and the ink is the grey that stands out from white as much as from black (4.5 : 1); inside an HTML page,

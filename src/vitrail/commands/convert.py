@@ -15,6 +15,7 @@ from vitrail.models.vit import ViT
 from vitrail.weights.formats import writer
 from vitrail.weights.load import Given, build, headless, read
 from vitrail.weights.preprocessing import changed
+from vitrail.weights.report import page, terminal_width
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ def run(settings: Settings) -> int:
         given.converted = replace(given.converted, preprocess=stated)
         given.report = replace(given.report, preprocess=stated, preprocess_source="given by hand")
     model = build(given)
-    place.absolute().parent.mkdir(parents=True, exist_ok=True)
     notes = writer(settings.to).write(model, place)
     backbone = model.backbone if isinstance(model, Classifier) else model
     heads, grid = (backbone.config.heads, backbone.config.grid) if isinstance(backbone, ViT) else (None, None)
@@ -71,18 +71,18 @@ def run(settings: Settings) -> int:
         }
         print(json.dumps(answer, indent=1, ensure_ascii=False))
     else:
-        print(f"{given.report}\n")
-        for note in notes:
-            print(f"note          {note}")
-        print(f"written       {place} ({back.report.format}, sha256 {back.report.sha256})")
+        lines = [*given.report.lines(), ("", ""), *(("note", note) for note in notes)]
+        lines.append(("written", f"{place} ({back.report.format}, sha256 {back.report.sha256})"))
         if bits:
-            print("read back     the same bits in every tensor")
+            lines.append(("read back", "the same bits in every tensor"))
         elif worst.difference == 0:
-            print("read back     the same bits in every layer's output")
+            lines.append(("read back", "the same bits in every layer's output"))
         else:
-            print(f"read back     differs by {worst.relative:.1e} of the largest value at most, in {worst.layer}")
+            words = f"differs by {worst.relative:.1e} of the largest value at most, in {worst.layer}"
+            lines.append(("read back", words))
         if back.report.preprocess != given.report.preprocess:
-            print("note          this format does not state the preprocessing: whoever reads it must be told")
+            lines.append(("note", "this format does not state the preprocessing: whoever reads it must be told"))
+        print(page(lines, terminal_width()))
     if not worst.equal:
         print(f"{place} does NOT compute the same (more than {TOLERANCE:g}): do not use it")
     return 0 if worst.equal else 1

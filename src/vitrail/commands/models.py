@@ -55,6 +55,7 @@ def run(settings: Settings) -> int:
 
 
 def _remote(as_json: bool) -> int:
+    from vitrail.weights.own import FOLDER, OWN
     from vitrail.weights.storage import KNOWN, STORAGE
 
     if as_json:
@@ -62,8 +63,21 @@ def _remote(as_json: bool) -> int:
             {"id": known.id, "url": f"{STORAGE}/{known.path}", "mebibytes": known.size, "note": known.note}
             for known in KNOWN
         ]
-        print(json.dumps(rows, indent=2))
+        own = [
+            {
+                "id": name,
+                "url": None,
+                "mebibytes": round((FOLDER / file).stat().st_size / 2**20, 1),
+                "note": "comes with Vitrail",
+            }
+            for name, file in OWN.items()
+        ]
+        print(json.dumps([*own, *rows], indent=2))
         return 0
+    print("Vitrail's own, which come with the package:\n")
+    for name, file in OWN.items():
+        print(f"  {name:<52} {(FOLDER / file).stat().st_size / 2**20:>5.1f} MiB   {(FOLDER / file).with_suffix('.md')}")
+    print()
     print("Official checkpoints (google-research/vision_transformer), fetched when they are asked for:\n")
     for known in KNOWN:
         print(f"  {known.id:<52} {known.size:>5,} MiB   {known.note}")

@@ -17,7 +17,7 @@ from vitrail.core.values import to_json
 from vitrail.experiments.page import PAGE
 from vitrail.models.classifier import Classifier
 from vitrail.weights.load import Given, build, headless, locate, read
-from vitrail.weights.report import LoadReport, described_numerics, described_preprocess
+from vitrail.weights.report import LoadReport, described_numerics, described_preprocess, page, terminal_width
 from vitrail.weights.source import Checkpoint, open_checkpoint
 
 RECORDED = ("logits", "embeds", "pooled", "features")
@@ -102,7 +102,7 @@ def run(settings: Settings) -> int:
         against,
     )
     if settings.html is not None:
-        text = page(certificate)
+        text = html(certificate)
         write_whole(settings.html, lambda part: part.write_text(text, encoding="utf-8"))
     if settings.json:
         data = {**to_json(certificate), "report": certificate.report.as_json()}
@@ -110,8 +110,7 @@ def run(settings: Settings) -> int:
             data["against"] |= {"equal": against.equal, "verdict": against.verdict}
         print(json.dumps(data, indent=1, ensure_ascii=False))
     else:
-        for what, words in lines(certificate):
-            print(f"{what:<14}{words}")
+        print(page(lines(certificate), terminal_width()))
     return 0 if against is None or against.equal else 1
 
 
@@ -119,7 +118,7 @@ def _top(model: Model, layers: dict[str, Tensor]) -> tuple[tuple[str, float], ..
     if "logits" not in layers or not isinstance(model, Classifier):
         return ()
     best = layers["logits"][0].float().topk(min(5, layers["logits"].shape[1]))
-    labels = model.labels or tuple(map(str, range(model.config.classes)))
+    labels = model.labels or tuple(f"class {number}" for number in range(model.config.classes))
     return tuple((labels[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
 
 
@@ -177,19 +176,20 @@ def lines(certificate: Certificate) -> list[tuple[str, str]]:
         ("picture", f"fixed, {' x '.join(map(str, certificate.report.preprocess.size))}, sha256 {certificate.picture}")
     )
     for number, (name, value) in enumerate(certificate.top):
-        found.append(("largest" if number == 0 else "", f"{value:+.6f}  {name}"))
+        found.append(("top logits" if number == 0 else "", f"{value:+.6f}  {name}"))
     found.append(("first numbers", " ".join(f"{value:+.6f}" for value in certificate.first)))
     if certificate.against is None:
         return found
     against = certificate.against
     found += [("", ""), ("against", against.path), ("sha256", against.sha256)]
+    found.append(("layer", f"{'largest difference':<20}largest value"))
     for one in against.differences:
-        found.append((one.layer, f"{one.difference:.3e} at most, where the largest value is {one.largest:.4g}"))
+        found.append((one.layer, f"{one.difference or 0:<20.3g}{one.largest:.4g}"))
     found += [("stated", words) for words in against.said]
     return [*found, ("verdict", against.verdict)]
 
 
-def page(certificate: Certificate) -> str:
+def html(certificate: Certificate) -> str:
     """One page that stands alone."""
     report, against = certificate.report, certificate.against
     facts = "".join(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import tyro
 
 from vitrail.weights.load import inspect
+from vitrail.weights.report import page, terminal_width
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def run(settings: Settings) -> int:
     if settings.json:
         print(json.dumps(report.as_json(), indent=1, ensure_ascii=False))
         return 0
-    print(report)
+    print(page(report.lines(), terminal_width()))
     if settings.keys:
         print()
         for theirs, ours in report.renamed:

@@ -37,7 +37,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        if not part.is_dir():  # somebody's folder of that name was in the way
+            part.unlink(missing_ok=True)
         full = error.errno in FULL
         reason = "no space is left on the disk" if full else error.strerror or str(error)
         advice = "free some space" if full else "make the folder writable"
@@ -73,6 +74,18 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not there; give the folder of a Vitrail run.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); restore it from a copy.") from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics.jsonl that are whole; none where there is no file."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    whole = []
+    for line in lines:
+        try:
+            whole.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # a line that was being written when the process died; nothing comes after it
+    return whole
 
 
 class RunFolder:
@@ -140,15 +153,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl that are whole."""
-        path = self.file("metrics.jsonl")
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        whole = []
-        for line in lines:
-            try:
-                whole.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # a line that was being written when the process died; nothing comes after it
-        return whole
+        return read_metrics(self.file("metrics.jsonl"))
 
     def cut_metrics(self, step: int) -> None:
         """Drops what was measured after `step`, so that a run that goes on from there does not say it twice."""

@@ -3,9 +3,9 @@
 "Weight decay 0.1" has three meanings in the field, and numbers are copied between them by mistake. Here each run names its
 own (`Decay`): with learning rate r(t) = base * shape(t) and a weight w,
 
-    adamw      w -= r(t) * decay * w             PyTorch's AdamW, DeiT, MAE
+    adamw      w -= r(t) * decay * w             PyTorch's AdamW, Flax's Adam of 2020 and so the paper's Table 3, DeiT, MAE
     decoupled  w -= shape(t) * decay * w         big_vision: independent of the base rate
-    l2         gradient += decay * w             Adam's and SGD's own, the paper's Table 3
+    l2         gradient += decay * w             Adam's and SGD's own
 
 so adamw 0.1 at a base rate of 1e-3 is decoupled 1e-4.
 """

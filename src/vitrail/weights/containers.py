@@ -227,27 +227,30 @@ class Safetensors:
             start = opened.read(min(length, 100_000_000))
         if len(start) < length:
             raise UserError(f"{file} is cut short, at {size} bytes: {AGAIN}")
-        damaged = f"{file} has a damaged header: {AGAIN}"
         try:
             header: dict[str, Any] = json.loads(start)
             self.metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
-            self._places = {name: tuple(map(int, entry["data_offsets"])) for name, entry in header.items()}
             self.entries = {
                 name: Entry(tuple(map(int, entry["shape"])), TYPES[entry["dtype"]]) for name, entry in header.items()
             }
+            self._places = {name: tuple(map(int, entry["data_offsets"])) for name, entry in header.items()}
+            until = 0
+            for begin, end in sorted(self._places.values()):
+                if begin != until:
+                    raise ValueError("there are holes between its tensors")
+                until = end
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(damaged) from error
+            raise UserError(f"{file} has a damaged header: {AGAIN}") from error
         self._start = 8 + length
-        if self._start + max((end for _, end in self._places.values()), default=0) > size:
-            raise UserError(f"{file} is cut short, at {size} bytes: {AGAIN}")
+        if beyond := size - self._start - until:
+            what = f"is cut short, at {size} bytes" if beyond < 0 else f"has {beyond} bytes more than it says"
+            raise UserError(f"{file} {what}: {AGAIN}")
         for name, entry in self.entries.items():
             begin, end = self._places[name]
-            if min(entry.shape, default=0) < 0 or begin < 0:
-                raise UserError(damaged)
-            if end - begin != math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize:
-                raise UserError(
-                    f"{file} holds {name} of shape {entry.shape} in {end - begin} bytes, which do not fit: {AGAIN}"
-                )
+            size = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+            if min(entry.shape, default=0) < 0 or end - begin != size:
+                found = f"of shape {entry.shape} in {end - begin} bytes"
+                raise UserError(f"{file} holds {name} {found}, which do not fit: {AGAIN}")
 
     def read(self, name: str) -> Tensor:
         tensor, room = _allocate(self.entries[name])

@@ -129,6 +129,12 @@ class Keys:
         if full not in self._left:
             raise ValueError(f"{full} was taken or skipped before")
         del self._left[full]
+        kind = self.checkpoint.dtype(full)
+        if "float" not in kind:
+            raise UserError(
+                f"{self.checkpoint.path} holds {full} in {kind}, where weights are floating numbers: use a checkpoint that "
+                "was neither changed nor quantised"
+            )
         tensor = self.checkpoint.read(full)
         if transform is not None:
             try:
@@ -149,8 +155,20 @@ class Keys:
         self.tensors[ours] = tensor.contiguous()
         self.renamed.update(dict.fromkeys((self.prefix + name for name in names), ours))
 
-    def skip(self, name: str, why: str) -> None:
-        """Leaves a tensor out, unread, if it is there; a name that ends in * stands for all that begin so."""
+    def skip(self, name: str, why: str, width: int | None = None) -> None:
+        """Leaves a tensor out, unread, if it is there; a name that ends in * stands for all that begin so.
+
+        width: the one row that it is must be so long, or the file is not what it seems.
+        """
+        if (
+            width is not None
+            and self.prefix + name in self._left
+            and self.shape(name) not in ((1, width), (1, 1, width))
+        ):
+            raise UserError(
+                f"{self.checkpoint.path} holds {self.prefix + name} of shape {self.shape(name)}, where a row of {width} "
+                "numbers was expected: use a checkpoint that was not changed"
+            )
         self._skip(self.prefix + name, why)
 
     def skip_outside(self, why: str) -> None:

@@ -23,6 +23,7 @@ from vitrail.core.errors import UserError
 from vitrail.core.runs import write_whole
 from vitrail.weights.conversion import Head, Keys
 from vitrail.weights.memory import allocate
+from vitrail.weights.writing import make_folder
 
 Order = Literal["plain", "matrix", "convolution"]
 
@@ -206,10 +207,7 @@ def save_npz(destination: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
                 with archive.open(member, "w", force_zip64=True) as stream:
                     np.lib.format.write_array(stream, _array(tensor), allow_pickle=False)
 
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{destination} cannot be written ({error.strerror}): choose another place") from error
+    make_folder(destination.parent)
     write_whole(destination, write)
 
 

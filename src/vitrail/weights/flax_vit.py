@@ -201,6 +201,13 @@ def _backbone(
             f"{keys.checkpoint.path} has {found} attention heads, not the {heads} asked for: leave heads out"
         )
     class_row = False
+    if tall != wide and grid is None:
+        raise UserError(
+            f"{keys.checkpoint.path} has patches of {tall} x {wide} pixels, which no published model has: if it is so "
+            "meant, say the grid that its positions are for, with grid=ROWSxCOLUMNS"
+        )
+    if table is None and names is OLD:
+        keys.shape(TABLES[0])  # big_vision alone computes positions, and never had those names
     if table is None:
         size = computed_size(stride)
         y, x = grid or (size[0] // stride[0], size[1] // stride[1])

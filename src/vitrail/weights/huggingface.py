@@ -17,7 +17,7 @@ from vitrail.weights.huggingface_json import read_labels, read_preprocess
 from vitrail.weights.huggingface_names import ACTIVATIONS, DIALECT, DINOV3_GATED, FAMILIES, MAE_BLOCKS
 from vitrail.weights.huggingface_writing import write
 from vitrail.weights.mae import take_decoder
-from vitrail.weights.modules import TWO_HEADS, chosen, head_state, rows, take_module, take_two_heads, whole
+from vitrail.weights.modules import TWO_HEADS, chosen, head_state, take_module, take_rows, take_two_heads, whole
 from vitrail.weights.parts import SCALES, Findings, Size, converted, read_backbone
 from vitrail.weights.source import Checkpoint
 
@@ -43,7 +43,6 @@ SKIPPED = {
 """Beside the backbone."""
 
 SKIPPED_WITHIN = {
-    "embeddings.mask_token": "takes the place of masked patches, for pre-training alone",
     "embeddings.position_ids": "numbers the positions",
     "rope_embeddings.*": "computed from the config",
     "pooler.*": "a tanh layer on the class token, with no classes on it",
@@ -54,7 +53,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
     """By the config's model_type; and by names, so that a file without its config can be told what it lacks."""
     stated = (checkpoint.config or {}).get("model_type")
     return (
-        stated in FAMILIES
+        stated in tuple(FAMILIES)
         if stated
         else _under(checkpoint, tuple(at for f in FAMILIES.values() for at in f.under)) is not None
     )
@@ -62,7 +61,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
 
 def convert(checkpoint: Checkpoint, *, heads: int | None = None, grid: Size | None = None) -> Converted:
     """heads, grid: only to agree with config.json, which says both."""
-    if checkpoint.config is None or "model_type" not in checkpoint.config:
+    if checkpoint.config is None or checkpoint.config.get("model_type") not in tuple(FAMILIES):
         raise UserError(f"{checkpoint.path} holds a Hugging Face model without its config.json: put that beside it")
     kind: str = checkpoint.config["model_type"]
     family = FAMILIES[kind]
@@ -93,6 +92,7 @@ def convert(checkpoint: Checkpoint, *, heads: int | None = None, grid: Size | No
         extra = take_decoder(
             keys, MAE_BLOCKS, "decoder.", backbone, findings, int(config.get("decoder_num_attention_heads", 16))
         )
+    keys.skip(f"{at}embeddings.mask_token", "takes the place of masked patches, for pre-training alone", backbone.width)
     for name, why in SKIPPED_WITHIN.items():
         keys.skip(at + name, why)
     for name, why in SKIPPED.items():
@@ -111,11 +111,16 @@ def _findings(
     where = f"{checkpoint.path}'s config.json"
     try:
         image = _pair(config.get("image_size", 224))
-        stated = int(config.get("num_attention_heads", family.heads))
+        stated = _whole(config.get("num_attention_heads", family.heads))
         epsilon = float(config.get("layer_norm_eps", family.epsilon))
         base = float(config.get("rope_theta", 100.0))
         _pair(config.get("patch_size", 16))
-        int(config.get("decoder_num_attention_heads", 16))
+        _whole(config.get("decoder_num_attention_heads", 16))
+        if not 0 <= epsilon < 0.01:
+            raise ValueError(f"a layer_norm_eps of {epsilon:g}")
+        architectures = checkpoint.config.get("architectures") if checkpoint.config else None
+        if architectures is not None and not (isinstance(architectures, list) and architectures):
+            raise ValueError(f"architectures {architectures!r}")
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} does not have the form that transformers writes ({error}): copy it again") from error
     if heads is not None and heads != stated:
@@ -205,7 +210,7 @@ def _take_head(
 
 def _take_attention_pool(keys: Keys, at: str, width: int) -> None:
     """SigLIP's, whose attention is a torch.nn.MultiheadAttention: the query's rows come first."""
-    keys.take(f"{at}probe", "pool.probe", lambda probe: rows(probe, width))
+    take_rows(keys, f"{at}probe", width, "pool.probe")
     for part in ("weight", "bias"):
         name = f"{at}attention.in_proj_{part}"
         joint = keys.take(name, None, lambda table: table.unflatten(0, (3, width)).flatten(0, 1))
@@ -226,8 +231,14 @@ def _under(checkpoint: Checkpoint, beginnings: tuple[str, ...]) -> str | None:
     return next((at for at in beginnings if at + whole(chosen(keys, DIALECT.patch, at)[0], "weight") in keys), None)
 
 
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} in place of a whole number")
+    return value
+
+
 def _pair(value: Any) -> Size:
-    if isinstance(value, int):
-        return value, value
+    if not isinstance(value, list | tuple):
+        return _whole(value), value
     height, width = value
-    return int(height), int(width)
+    return _whole(height), _whole(width)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vitrail.core.errors import UserError
@@ -18,6 +17,7 @@ from vitrail.models.vit import ViT, ViTConfig
 from vitrail.weights.huggingface_json import FILE, write_labels, write_preprocess
 from vitrail.weights.huggingface_names import ACTIVATIONS, DIALECT, DINOV2, DINOV2_SWIGLU, FAMILIES
 from vitrail.weights.parts_writing import state_of, write_backbone
+from vitrail.weights.writing import make_folder, save_safetensors
 
 
 def write(model: Classifier | ViT, destination: Path) -> tuple[str, ...]:
@@ -68,8 +68,8 @@ def write(model: Classifier | ViT, destination: Path) -> tuple[str, ...]:
         "attention_probs_dropout_prob": 0.0,
         **data,
     }
-    destination.mkdir(parents=True, exist_ok=True)
-    write_whole(destination / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    make_folder(destination)
+    write_whole(destination / "model.safetensors", lambda path: save_safetensors(tensors, path, {"format": "pt"}))
     write_json(destination / "config.json", data)
     write_json(destination / FILE, write_preprocess(vit.preprocess))
     return tuple(notes)

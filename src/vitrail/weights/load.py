@@ -12,11 +12,12 @@ from torch import Tensor
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
 from vitrail.models.classifier import Classifier, ClassifierConfig, resize_classifier
-from vitrail.models.resnet import ResNet, ResNetConfig
+from vitrail.models.resnet import ResNet, ResNetConfig, TrunkConfig
 from vitrail.models.vit import ViT, ViTConfig, resize_backbone
-from vitrail.weights import labels, zoo
+from vitrail.weights import labels, own, zoo
 from vitrail.weights.conversion import Config, Converted, Model
 from vitrail.weights.formats import identify
+from vitrail.weights.options import Options
 from vitrail.weights.preprocessing import changed
 from vitrail.weights.report import LoadReport
 from vitrail.weights.source import Checkpoint, open_checkpoint
@@ -49,14 +50,14 @@ def load(
         "imagenet,bicubic,resize=256,size=224".
     Raises UserError for what is missing, damaged, foreign, incomplete or without a usable head.
     """
+    options = Options(heads, grid, image, dropout, drop_path, preprocess)
     given = read(source, heads=heads, grid=grid)
     where = given.checkpoint.path
     if given.converted.head != "usable":
         what = "no head" if given.converted.head == "absent" else "a head of zeros alone, as it was before fine-tuning"
         raise UserError(f"{where} has {what}, so it cannot classify: load it with load_backbone, or finetune it")
-    model = build(given, dropout, drop_path)
+    model = _finish(given, options)
     assert isinstance(model, Classifier)
-    _finish(model, given, image, preprocess)
     return model
 
 
@@ -71,8 +72,8 @@ def load_any(
     preprocess: Preprocess | str | None = None,
 ) -> Model:
     """All that a checkpoint holds: a classifier, be its head all zeros, or a backbone; to train on from. Else as `load`."""
-    given = read(source, heads=heads, grid=grid)
-    return _finish(build(given, dropout, drop_path), given, image, preprocess)
+    options = Options(heads, grid, image, dropout, drop_path, preprocess)
+    return _finish(read(source, heads=heads, grid=grid), options)
 
 
 def load_backbone(
@@ -86,8 +87,8 @@ def load_backbone(
     preprocess: Preprocess | str | None = None,
 ) -> ViT | ResNet:
     """What stands under the head, of any known checkpoint, whatever its head; all else as `load`."""
-    given = headless(read(source, heads=heads, grid=grid))
-    model = _finish(build(given, dropout, drop_path), given, image, preprocess)
+    options = Options(heads, grid, image, dropout, drop_path, preprocess)
+    model = _finish(headless(read(source, heads=heads, grid=grid)), options)
     assert not isinstance(model, Classifier)
     return model
 
@@ -116,7 +117,8 @@ def read(source: str | Path, *, heads: int | None = None, grid: tuple[int, int] 
     checkpoint = open_checkpoint(locate(source))
     format = identify(checkpoint)
     converted = _named(format.convert(checkpoint, heads=heads, grid=grid), format.NAME)
-    if format.NAME != "vitrail":
+    # A person's own file keeps the precision that it was saved in; ours are in bf16 for room alone.
+    if format.NAME != "vitrail" or str(source).startswith("vitrail:"):
         converted = replace(converted, tensors={name: _single(tensor) for name, tensor in converted.tensors.items()})
     _check(checkpoint, converted)
     config = converted.config
@@ -145,7 +147,11 @@ def read(source: str | Path, *, heads: int | None = None, grid: tuple[int, int] 
 
 
 def locate(source: str | Path) -> Path:
-    """A path as it is; an id's file, fetched where it is not in the cache."""
+    """A path as it is; an id's file, fetched where it is not in the cache. Raises UserError for what is neither."""
+    if not isinstance(source, str | Path) or not str(source):
+        raise UserError(f"{source!r} is no checkpoint: give a path, or an id such as hf:owner/name")
+    if str(source).startswith("vitrail:") and not Path(source).exists():
+        return own.place(str(source))
     if str(source).startswith(("hf:", "official:", "timm:")) and not Path(source).exists():
         from vitrail.weights.remote import fetch
 
@@ -203,7 +209,7 @@ def _described_vit(config: ViTConfig) -> str:
     default = ViTConfig(**sizes._asdict(), patch=config.patch, image=config.image)
     quiet = {*zoo.Variant._fields, "patch", "image", "numerics", "dropout", "drop_path", "positions", "class_token"}
     own = [
-        f"{field.replace('_', ' ')} {getattr(config, field)}"
+        _described_field(field.replace("_", " "), getattr(config, field))
         for field in ViTConfig.__dataclass_fields__
         if field not in quiet and getattr(config, field) != getattr(default, field)
     ]
@@ -213,6 +219,15 @@ def _described_vit(config: ViTConfig) -> str:
         f"{name} for {config.image[0]} x {config.image[1]}: width {config.width}, {config.depth} blocks, "
         f"{config.heads} heads, MLP {config.mlp}, {', '.join(own)}"
     )
+
+
+def _described_field(name: str, value: object) -> str:
+    if isinstance(value, TrunkConfig):
+        units = f"trunk of {', '.join(map(str, value.layers))} units" if value.layers else "root"
+        return f"on a ResNet {units}"
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name} {value}"
 
 
 def _described_resnet(config: ResNetConfig) -> str:
@@ -283,8 +298,9 @@ def _dtypes(checkpoint: Checkpoint, converted: Converted) -> tuple[str, ...]:
     return tuple(kind if kind in after else f"{kind} -> {', '.join(sorted(after))}" for kind in before)
 
 
-def _finish(model: Model, given: Given, image: tuple[int, int] | None, preprocess: Preprocess | str | None) -> Model:
-    """Another preprocessing, another size; both in the report."""
+def _finish(given: Given, options: Options) -> Model:
+    """The model, with another preprocessing and another size where they are asked for; both in the report."""
+    model, image, preprocess = build(given, options.dropout, options.drop_path), options.image, options.preprocess
     report, backbone = given.report, model.backbone if isinstance(model, Classifier) else model
     if preprocess is not None:
         if isinstance(preprocess, str):
@@ -298,10 +314,16 @@ def _finish(model: Model, given: Given, image: tuple[int, int] | None, preproces
         report = replace(report, preprocess_source="given by hand")
     if image is not None:
         before = backbone.config
-        if isinstance(model, Classifier):
-            resize_classifier(model, image)
-        else:
-            resize_backbone(model, image)
+        try:
+            if isinstance(model, Classifier):
+                resize_classifier(model, image)
+            else:
+                resize_backbone(model, image)
+        except RuntimeError as error:  # what torch raises where there is not so much memory
+            raise UserError(
+                f"{report.path} cannot be taken to {image[0]} x {image[1]} pixels ({str(error).splitlines()[0]}): give a "
+                "smaller image"
+            ) from error
         after = backbone.config
         if isinstance(before, ViTConfig) and before.positions in TABLES and before.grid != after.grid:
             grids = [f"{config.grid[0]} x {config.grid[1]}" for config in (before, after)]

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from vitrail.models.vit import ViTConfig
 from vitrail.weights.conversion import Keys
-from vitrail.weights.modules import rows, take_module
+from vitrail.weights.modules import take_module, take_rows
 from vitrail.weights.parts import Dialect, Findings, read_blocks
 
 UNDER = "decoder."
@@ -20,8 +20,8 @@ def take_decoder(
     width = keys.shape(f"{at}decoder_embed.weight", 2)[0]
     y, x = backbone.grid
     take_module(keys, f"{at}decoder_embed", f"{UNDER}embedding")
-    keys.take(f"{at}mask_token", f"{UNDER}mask", lambda mask: rows(mask, width))
-    table = keys.take(f"{at}decoder_pos_embed", None, lambda table: rows(table, width))
+    take_rows(keys, f"{at}mask_token", width, f"{UNDER}mask")
+    table = take_rows(keys, f"{at}decoder_pos_embed", width)
     prefixes = backbone.prefixes
     keys.put(f"{UNDER}position_embedding.prefix", table[:prefixes])
     grid = table[prefixes:]

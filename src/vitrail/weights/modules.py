@@ -52,13 +52,16 @@ def take_module(
     return True
 
 
-def rows(tensor: Tensor, width: int) -> Tensor:
-    """Tokens or positions, (1, n, width), (n, width) or (width,) in files, as (n, width). Raises ValueError for others."""
-    if tensor.ndim == 3 and tensor.shape[0] == 1:
-        tensor = tensor[0]
-    if tensor.ndim not in (1, 2) or tensor.shape[-1] != width or not tensor.numel():
-        raise ValueError(f"rows of {width} numbers were expected")
-    return tensor.reshape(-1, width)
+def take_rows(keys: Keys, name: str, width: int, ours: str | None = None) -> Tensor:
+    """Tokens or positions, as (n, width): (1, n, width) in files, but CLIP's and SigLIP's are an Embedding's."""
+    axes = 1 if name.endswith("class_embedding") else 2 if name.endswith("embedding.weight") else 3
+    shape = keys.shape(name, axes)
+    if shape[-1] != width or (axes == 3 and shape[0] != 1) or 0 in shape:
+        raise UserError(
+            f"{keys.checkpoint.path} holds {keys.prefix + name} of shape {shape}, where rows of {width} numbers were "
+            "expected: use a checkpoint that was not changed"
+        )
+    return keys.take(name, ours, lambda tensor: tensor.reshape(-1, width))
 
 
 def take_two_heads(keys: Keys, names: tuple[str, str]) -> Tensor:

@@ -4,16 +4,10 @@ The header's metadata carries, as JSON, the config with its numerics, the prepro
 be described without a tensor being read, and loaded without a word from the user.
 """
 
-import errno
 import json
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from vitrail.core.errors import UserError
 from vitrail.core.runs import write_json, write_whole
@@ -24,6 +18,7 @@ from vitrail.models.resnet import ResNet, ResNetConfig
 from vitrail.models.vit import ViT, ViTConfig
 from vitrail.weights.conversion import Converted, Keys
 from vitrail.weights.source import Checkpoint, open_checkpoint
+from vitrail.weights.writing import make_folder, save_safetensors
 
 NAME = "vitrail"
 FORMAT = 1
@@ -68,24 +63,8 @@ def save(model: Classifier | ViT | ResNet, destination: str | Path) -> Path:
     data = to_json(description)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
-    def write(part: Path) -> None:
-        # safetensors would close the file to all others; a touched one has the permissions that files have here.
-        part.touch()
-        permissions = part.stat().st_mode
-        try:
-            save_file(tensors, part, metadata={KEY: json.dumps(data)})
-        except SafetensorError as error:
-            # It wraps what the system said, such as that the disk is full: "... (os error 28)".
-            number = re.search(r"os error (\d+)", str(error))
-            code = int(number[1]) if number else errno.EIO
-            raise OSError(code, os.strerror(code)) from error
-        part.chmod(permissions)
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{file} could not be written ({error.strerror}): choose another place") from error
-    write_whole(file, write)
+    make_folder(folder)
+    write_whole(file, lambda part: save_safetensors(tensors, part, {KEY: json.dumps(data)}))
     if file != destination:
         write_json(folder / "config.json", data)
     return file

@@ -19,7 +19,7 @@ from vitrail.models.classifier import ClassifierConfig
 from vitrail.models.resnet import TrunkConfig
 from vitrail.models.vit import ViTConfig
 from vitrail.weights.conversion import Converted, Head, Keys
-from vitrail.weights.modules import Choice, chosen, rows, take_module, whole
+from vitrail.weights.modules import Choice, chosen, take_module, take_rows, whole
 from vitrail.weights.zoo import VARIANTS
 
 Size = tuple[int, int]
@@ -64,7 +64,7 @@ class Findings:
     numerics: Numerics = field(default_factory=Numerics)
     placed: bool = False
     patch_bias: bool | None = True
-    qkv_bias: tuple[bool, bool, bool] | None = None
+    qkv_bias: bool | tuple[bool, bool, bool] | None = None
     required: tuple[str, ...] = ("encoder.norm",)
     positions: PositionKind = "learned"
     rotary_base: float = 100.0
@@ -88,7 +88,7 @@ def read_backbone(
         for choice in (dialect.class_token, dialect.distillation_token, dialect.registers)
         if choice and (name := at + chosen(keys, choice, at)[0]) in keys
     }
-    tokens = {choice: keys.take(name, None, lambda token: rows(token, width)) for choice, name in names.items()}
+    tokens = {choice: take_rows(keys, name, width) for choice, name in names.items()}
     class_token, distilled = dialect.class_token in tokens, dialect.distillation_token in tokens
     registers = len(tokens.get(dialect.registers, ()))
     cell = 1 if trunk is None else trunk.stride
@@ -261,7 +261,7 @@ def _take_table(
 ) -> Table:
     """Splits a position table into prefix rows and grid. prefixes: class and distillation token, registers."""
     name = at + chosen(keys, choice, at)[0]
-    table = keys.take(name, None, lambda table: rows(table, width))
+    table = take_rows(keys, name, width)
     count, (tokens, registers) = table.shape[0], prefixes
     possible = [tokens] if findings.placed else list(dict.fromkeys((tokens, 0, tokens + registers)))
     stated = findings.grid

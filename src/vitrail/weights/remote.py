@@ -11,7 +11,7 @@ from typing import Any
 
 from vitrail.core.errors import UserError
 from vitrail.weights.source import STANDARD
-from vitrail.weights.storage import Progress, from_storage
+from vitrail.weights.storage import Progress, from_storage, place
 
 
 def fetch(
@@ -24,16 +24,61 @@ def fetch(
     base: another server. cache: another folder than Hugging Face's (HF_HOME).
     Raises UserError where there is no such thing, no network, or what came is not what the server has.
     """
-    kind, _, name = source.partition(":")
-    if kind == "timm":
-        kind, name = "hf", f"timm/{name}"
+    kind, name = _parsed(source)
     if kind == "hf":
         return _from_hub(source, name, base, cache)
-    if kind != "official":
-        raise UserError(f"{source} is no id: write hf:owner/name, official:folder/name or timm:name")
     from huggingface_hub import constants
 
     return from_storage(source, name, base, _home(cache), progress, bool(constants.HF_HUB_OFFLINE))
+
+
+def cached(source: str, *, cache: str | Path | None = None) -> Path | None:
+    """What `fetch` would give, where it is in the cache already; None where it is not, or is not whole. Asks no server."""
+    kind, name = _parsed(source)
+    if kind == "official":
+        here = _home(cache) / place(source, name)
+        return here if here.is_file() else None
+    repository, revision = _repository(source, name)
+    from huggingface_hub import try_to_load_from_cache
+
+    def find(name: str) -> Path | None:
+        found = try_to_load_from_cache(repository, name, cache_dir=cache, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    file = next((file for weights in STANDARD if (file := find(weights)) is not None), None)
+    if file is None:
+        return None
+    names = [file.name] if file.suffix != ".json" else _shards(file)
+    try:
+        for name in names:
+            if (one := find(name)) is None:
+                return None
+            _check_blob(source, one, _home(cache) / "checked")
+    except UserError:
+        return None  # it was damaged, and is deleted by now
+    return file.parent
+
+
+def _parsed(source: str) -> tuple[str, str]:
+    """("hf" or "official", what stands behind it)."""
+    kind, _, name = source.partition(":")
+    if kind == "timm":
+        kind, name = "hf", f"timm/{name}"
+    if kind not in ("hf", "official"):
+        raise UserError(f"{source} is no id: write hf:owner/name, official:folder/name or timm:name")
+    return kind, name
+
+
+def _repository(source: str, name: str) -> tuple[str, str | None]:
+    """(owner/name, revision)."""
+    repository, _, revision = name.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"{source} is no id of the hub: write hf:owner/name or hf:owner/name@revision")
+    return repository, revision or None
+
+
+def _shards(index: Path) -> list[str]:
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def _home(cache: str | Path | None) -> Path:
@@ -46,14 +91,12 @@ def _home(cache: str | Path | None) -> Path:
 
 def _from_hub(source: str, name: str, endpoint: str | None, cache: str | Path | None) -> Path:
     """The folder of one revision, with its weights and the JSON files that explain them."""
-    repository, _, revision = name.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise UserError(f"{source} is no id of the hub: write hf:owner/name or hf:owner/name@revision")
+    repository, revision = _repository(source, name)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    names, offline = _listed(source, repository, revision or None, endpoint)
-    options: Any = {"repo_id": repository, "revision": revision or None, "cache_dir": cache}
+    names, offline = _listed(source, repository, revision, endpoint)
+    options: Any = {"repo_id": repository, "revision": revision, "cache_dir": cache}
     options |= {"endpoint": endpoint, "local_files_only": bool(offline)}
 
     def get(name: str) -> Path | None:
@@ -77,8 +120,7 @@ def _from_hub(source: str, name: str, endpoint: str | None, cache: str | Path | 
             )
         files = [file]
         if file.suffix == ".json":
-            shards = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
-            files += [found for shard in shards if (found := get(shard)) is not None]
+            files += [found for shard in _shards(file) if (found := get(shard)) is not None]
         for beside in ("config.json", "preprocessor_config.json"):
             get(beside)
     except OSError as error:

@@ -1,6 +1,9 @@
 """What was done to a foreign file to make it a model: nothing is renamed, folded, resampled or left out in silence."""
 
-from collections.abc import Iterator
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +76,25 @@ class LoadReport:
             yield "note", note
 
     def __str__(self) -> str:
-        return "\n".join(f"{what:<14}{words}" for what, words in self.lines())
+        return page(self.lines())
+
+
+def page(lines: Iterable[tuple[str, str]], width: int | None = None) -> str:
+    """(what, words) on one page; in a terminal that is `width` wide, the words stay in their own column."""
+
+    def set_out(what: str, words: str) -> str:
+        line = f"{what:<14}{words}".rstrip()
+        if width is None or len(line) <= width:
+            return line
+        narrow = textwrap.wrap(words, max(width - 14, 20), break_long_words=False, break_on_hyphens=False)
+        return f"{what:<14}" + f"\n{'':<14}".join(narrow)
+
+    return "\n".join(set_out(what, words) for what, words in lines)
+
+
+def terminal_width() -> int | None:
+    """None where nobody reads the output but a file or another program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def described_numerics(numerics: Numerics) -> str:

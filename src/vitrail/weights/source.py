@@ -104,12 +104,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises UserError where there is none, it is damaged, foreign, compressed beyond belief, or would run code.
     """
     path = Path(path)
-    if path.is_dir():
-        file = _in_folder(path)
-    elif path.is_file():
-        file = path
-    else:
-        raise UserError(f"there is no checkpoint {path}: check the path")
+    try:
+        file = _in_folder(path) if path.is_dir() else path
+        if not file.exists():
+            why = "it is a link to what is not there" if file.is_symlink() else "check the path"
+            raise UserError(f"there is no checkpoint {path}: {why}")
+        if not file.is_file():
+            raise UserError(f"{path} is neither a file nor a folder: check the path")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its name and permissions") from error
     beside = file.parent if file.name in STANDARD or file.name.startswith(("model-0", "pytorch_model-0")) else None
     parts = [open_container(shard) for shard in (_shards(file) if file.suffix == ".json" else [file])]
     if not any(part.entries for part in parts):

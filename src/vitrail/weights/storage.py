@@ -105,12 +105,7 @@ def from_storage(
     source: str, name: str, base: str | None, home: Path, progress: Progress | None, offline: bool
 ) -> Path:
     """The file of `name`, from `home` or, where it is not there, from `base`. offline: not to touch the network."""
-    path = next((known.path for known in KNOWN if known.id == source), None)
-    if path is None:
-        if not re.fullmatch(r"\w[\w+.=-]*(/\w[\w+.=-]*)+", name):
-            raise UserError(f"{source} is no id of Google's storage: write official:imagenet21k/ViT-B_16 or the like")
-        path = name if name.startswith(BUCKETS) else f"vit_models/{name}"
-        path = path if path.endswith(".npz") else f"{path}.npz"
+    path = place(source, name)
     file = home / path
     if file.is_file():
         return file
@@ -138,6 +133,17 @@ def from_storage(
             f"{file} cannot be written ({error.strerror}): make room, or set HF_HOME to another folder"
         ) from error
     return file
+
+
+def place(source: str, name: str) -> str:
+    """Where an id's file lies, in the storage and in the cache."""
+    path = next((known.path for known in KNOWN if known.id == source), None)
+    if path is None:
+        if not re.fullmatch(r"\w[\w+.=-]*(/\w[\w+.=-]*)+", name):
+            raise UserError(f"{source} is no id of Google's storage: write official:imagenet21k/ViT-B_16 or the like")
+        path = name if name.startswith(BUCKETS) else f"vit_models/{name}"
+        path = path if path.endswith(".npz") else f"{path}.npz"
+    return path
 
 
 def _no_network(source: str, url: str, file: Path, reason: object) -> UserError:

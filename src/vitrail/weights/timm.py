@@ -3,36 +3,18 @@
 timm drops the pre-logits layer that old files hold; here it is kept, as a hidden layer of the head.
 """
 
-import json
-import math
-from dataclasses import dataclass
-from typing import Any, get_args
-
 from vitrail.core.errors import UserError
-from vitrail.core.types import Gelu, Interpolation, Numerics, Preprocess
+from vitrail.core.types import Numerics
 from vitrail.layers.heads import PoolKind
 from vitrail.models.classifier import ClassifierConfig
 from vitrail.models.resnet import TrunkConfig
 from vitrail.models.vit import ViTConfig
 from vitrail.weights.conversion import Converted, Head, Keys
-from vitrail.weights.looks import CLIP, HALF, IMAGENET, assumed, fitted
-from vitrail.weights.modules import TWO_HEADS, head_state, rows, take_module, take_two_heads
+from vitrail.weights.modules import TWO_HEADS, head_state, take_module, take_rows, take_two_heads
 from vitrail.weights.parts import Findings, Size, converted, read_backbone
 from vitrail.weights.source import Checkpoint
-from vitrail.weights.timm_names import (
-    DIALECT,
-    FOREIGN,
-    GELUS,
-    HEADER,
-    HEADS,
-    NO_NORM,
-    POOL,
-    REFUSED,
-    TRUNK_EPSILON,
-    TRUNK_STANDARDIZATION,
-    TRUNK_UNIT,
-    gelu_of,
-)
+from vitrail.weights.timm_json import Stated, read_config, read_preprocess, read_stated
+from vitrail.weights.timm_names import DIALECT, FOREIGN, POOL, TRUNK_EPSILON, TRUNK_STANDARDIZATION, TRUNK_UNIT
 from vitrail.weights.timm_writing import write
 
 __all__ = ["NAME", "convert", "recognises", "write"]
@@ -63,7 +45,7 @@ def recognises(checkpoint: Checkpoint) -> bool:
     at = _wrapper(checkpoint)
     if at is None or any(FOREIGN.search(name) for name in checkpoint.names):
         return False
-    if "architecture" in _config(checkpoint):
+    if "architecture" in read_config(checkpoint):
         return True
     if any(at + name in checkpoint for name in ("mask_token", "register_tokens", "decoder_embed.weight")):
         return False
@@ -75,7 +57,7 @@ def convert(checkpoint: Checkpoint, *, heads: int | None = None, grid: Size | No
     at = _wrapper(checkpoint)
     keys = Keys(checkpoint, at or "")
     keys.skip_outside("beside the weights that are used: training state, or another copy of them")
-    stated = _stated(checkpoint)
+    stated = read_stated(checkpoint)
     norm_pre = "norm_pre.weight" in keys
     epsilon = stated.epsilon or (1e-5 if norm_pre else 1e-6)
     findings = Findings(
@@ -95,67 +77,49 @@ def convert(checkpoint: Checkpoint, *, heads: int | None = None, grid: Size | No
         )
     trunk, channels = _take_trunk(keys)
     backbone = read_backbone(keys, DIALECT, findings, trunk=trunk, channels=channels)
+    compare(keys, stated, backbone, grid)
+    if findings.heads is None and stated.width not in (None, backbone.width):
+        raise UserError(
+            f"{checkpoint.path} names an architecture of width {stated.width} in {stated.where}, but its tensors have "
+            f"{backbone.width}, so that its attention heads are not known: say them with heads="
+        )
     config, head = take_head(keys, backbone, stated, findings)
     classes = config.classes if isinstance(config, ClassifierConfig) else None
     labels = stated.labels if len(stated.labels) == classes else ()
-    return converted(keys, findings, config, head, _preprocess(stated, backbone, findings), labels)
+    return converted(keys, findings, config, head, read_preprocess(stated, backbone, findings), labels)
 
 
-@dataclass(frozen=True)
-class Stated:
-    """What config.json says; None and empty where it does not, or there is none."""
-
-    heads: int | None = None
-    image: Size | None = None
-    gelu: Gelu | None = None
-    epsilon: float | None = None
-    positions: bool = True
-    final_norm: bool = True
-    pool: str = ""
-    preprocess: dict[str, Any] | None = None
-    labels: tuple[str, ...] = ()
-    where: str = "config.json"
-
-
-def _stated(checkpoint: Checkpoint) -> Stated:
-    config = _config(checkpoint)
-    if "architecture" not in config:
-        return Stated()
-    architecture, arguments = str(config["architecture"]), config.get("model_args") or {}
-    # Before 2023 the preprocessing stood at the root.
-    looks = config.get("pretrained_cfg") or config.get("default_cfg") or config
-    where = f"{checkpoint.path}'s {'header' if checkpoint.config is None else 'config.json'}"
-    for expression, what in REFUSED.items():
-        if expression.search(architecture):
-            raise UserError(f"{where} names {architecture}, which has {what}: convert a plain Vision Transformer")
-    try:
-        names = config.get("label_names") or looks.get("label_names") or config.get("labels") or ()
-        words = config.get("label_descriptions") or looks.get("label_descriptions") or {}
-        if isinstance(names, dict):
-            names = [names[key] for key in sorted(names, key=int)]
-        activation, norm = arguments.get("act_layer"), str(arguments.get("norm_layer") or "layernorm")
-        swiglu = "mlp_layer" in arguments or "giant_patch14" in architecture
-        if norm.replace("_", "").lower() != "layernorm":
-            raise UserError(f"{where} asks for {norm}: only models with layer norms are read")
-        if activation is not None and activation not in GELUS and not swiglu:
-            raise UserError(f"{where} asks for the activation {activation}: {', '.join(GELUS)} are known")
-        if arguments.get("pool_include_prefix"):
-            raise UserError(f"{where} asks for a pool that looks at the prefix tokens: convert a plain model")
-        size = arguments.get("img_size") or (looks.get("input_size") or (None,))[1:] or None
-        return Stated(
-            heads=int(arguments.get("num_heads") or HEADS.get(architecture, 0)) or None,
-            image=None if size is None else _pair(size),
-            gelu=GELUS.get(activation) if activation else gelu_of(architecture),
-            epsilon=float(config.get("norm_epsilon", 1e-5 if "_clip_" in architecture else 1e-6)),
-            positions=arguments.get("pos_embed", "learn") not in ("", "none"),
-            final_norm=bool(arguments.get("final_norm", not NO_NORM.search(architecture))),
-            pool=str(arguments.get("global_pool", config.get("global_pool", "avg" if "_gap_" in architecture else ""))),
-            preprocess=dict(looks),
-            labels=tuple(str(words.get(name, name)) for name in names),
-            where="its header" if checkpoint.config is None else "config.json",
+def compare(keys: Keys, stated: Stated, backbone: ViTConfig, grid: Size | None) -> None:
+    """Raises UserError where the config states another architecture than the tensors have, and where nobody vouches for
+    patches that are not square: no published model has those, but a kernel that was cut has."""
+    found = {
+        "patch_size": backbone.patch,
+        "in_chans": backbone.channels,
+        "embed_dim": backbone.width,
+        "depth": backbone.depth,
+        "class_token": backbone.class_token,
+        "reg_tokens": backbone.registers,
+        "no_embed_class": not backbone.placed_prefixes,
+        "qkv_bias": backbone.qkv_bias,
+        "qk_norm": backbone.qk_norm,
+        "pre_norm": backbone.pre_norm,
+        "init_values": backbone.layer_scale,
+        "num_classes": keys.shape("head.weight", 2)[0] if "head.weight" in keys else 0,
+    }
+    said = stated.parts | ({"num_classes": stated.classes} if stated.classes else {})
+    if not backbone.class_token or backbone.positions != "learned":
+        said.pop("no_embed_class", None)
+    for name, value in said.items():
+        if found[name] != value:
+            raise UserError(
+                f"{keys.checkpoint.path} says {name} {value} in {stated.where}, but its tensors have {found[name]}: use "
+                "files that belong together"
+            )
+    if "patch_size" not in said and grid is None and backbone.patch[0] != backbone.patch[1]:
+        raise UserError(
+            f"{keys.checkpoint.path} has patches of {backbone.patch[0]} x {backbone.patch[1]} pixels, which no published "
+            "model has: if it is so meant, say the grid that its positions are for, with grid=ROWSxCOLUMNS"
         )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where} does not have timm's form ({error}): copy it again, or take it away") from error
 
 
 def take_head(
@@ -165,7 +129,7 @@ def take_head(
     pool = _pool(keys, backbone, stated, findings)
     width, hidden, pool_norm = backbone.width, None, "fc_norm.weight" in keys
     if pool == "attention":
-        keys.take("attn_pool.latent", "pool.probe", lambda latent: rows(latent, width))
+        take_rows(keys, "attn_pool.latent", width, "pool.probe")
         for ours, theirs in POOL.items():
             take_module(keys, theirs, ours)
         if tuple(keys.tensors["pool.mlp.hidden.weight"].shape) != (backbone.mlp, width):
@@ -244,50 +208,6 @@ def _take_trunk(keys: Keys) -> tuple[TrunkConfig | None, int]:
     return TrunkConfig(tuple(layers), width, TRUNK_EPSILON, TRUNK_STANDARDIZATION), channels
 
 
-def _preprocess(stated: Stated, backbone: ViTConfig, findings: Findings) -> tuple[Preprocess, str]:
-    looks = stated.preprocess
-    if looks is None or "mean" not in looks:
-        if backbone.pre_norm:
-            normalisation, whose = CLIP, "CLIP towers"
-        elif backbone.distillation_token:
-            normalisation, whose = IMAGENET, "DeiT"
-        else:
-            normalisation, whose = HALF, "the ViTs that came from the official code"
-        preprocess = assumed(backbone.image, normalisation, "bicubic", 1 / 0.9, backbone.channels)
-        return preprocess, f"assumed: bare timm files state none, and this is timm's own for {whose}"
-    try:
-        size, share = _pair(looks["input_size"][1:]), float(looks.get("crop_pct") or 0.875)
-        mean, deviation = (tuple(float(value) for value in looks[name]) for name in ("mean", "std"))
-        interpolation = str(looks.get("interpolation") or "bicubic")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the config.json's preprocessing does not have timm's form ({error}): copy it again"
-        ) from error
-    if interpolation not in get_args(Interpolation):
-        raise UserError(
-            f"the config.json asks for {interpolation} interpolation, which is not known: set another there"
-        )
-    larger = (math.floor(size[0] / share), math.floor(size[1] / share))
-    resize: int | Size | None = larger[0]
-    mode = looks.get("crop_mode") or "center"
-    if mode != "center" or size[0] != size[1]:
-        resize = None if larger == size else larger
-        if mode != "squash":
-            findings.notes.append(f"timm's crop mode {mode!r} at {size} keeps the aspect, which is given up here")
-    preprocess = Preprocess(size, resize, interpolation, mean, deviation)  # type: ignore[arg-type]
-    return fitted(preprocess, backbone, findings.notes), f"stated in {stated.where}"
-
-
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json, or what Vitrail wrote in its place into a bare file's header."""
-    if checkpoint.config is not None or HEADER not in checkpoint.metadata:
-        return checkpoint.config or {}
-    try:
-        return dict(json.loads(checkpoint.metadata[HEADER]))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint.path} has a damaged header ({error}): write it again") from error
-
-
 def _wrapper(checkpoint: Checkpoint) -> str | None:
     """What stands before timm's names in this file; None where they are not there."""
     wanted = ("patch_embed.proj.weight", "blocks.0.norm1.weight")
@@ -300,11 +220,3 @@ def _agreed(checkpoint: Checkpoint, stated: int | None, asked: int | None) -> in
             f"{checkpoint.path} states {stated} attention heads, not the {asked} asked for: leave heads out"
         )
     return stated or asked
-
-
-def _pair(value: Any) -> Size:
-    """(height, width) from one number or two."""
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return int(height), int(width)

@@ -76,6 +76,16 @@ HEADS = {"vit_base_patch16_gap_224": 16, "test_vit": 2, "test_vit2": 2} | {
 NO_NORM = re.compile(r"_radio_v\d|_intern300m_")
 """Those without a norm after the blocks."""
 
+NO_QKV_BIAS = re.compile(r"_miil|_(medium|betwixt)_patch16_gap_|_so150m2_|_xp_|_rpn_")
+"""Those whose queries, keys and values have no bias."""
+
+WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024, "huge": 1280}
+
+REGISTERS = {r"_reg(\d+)_": None, r"_radio_v3": 7, r"_radio_v4": 9, r"test_vit[24]": 1}
+"""How many register tokens there are by the architecture's name; None: the number in it."""
+
+ATTENTION_POOL = re.compile(r"_siglip_\d|_map_")
+
 REFUSED = {
     re.compile(r"_rpn_"): "norms after each branch",
     re.compile(r"test_vit3"): "a pool that looks at the registers too",
@@ -87,6 +97,20 @@ FOREIGN = re.compile(
     r"blocks_token_only|mlp_tokens|attns\.0|lambda_q1|norm1\.norm"
 )
 """Tensors of other networks that have timm's names beside them: BEiT, EVA, CaiT, Mixer and more."""
+
+
+def registers_of(architecture: str) -> int | None:
+    """None where the name does not say."""
+    for expression, count in REGISTERS.items():
+        if match := re.search(expression, architecture):
+            return int(match[1]) if count is None else count
+    return None
+
+
+def width_of(architecture: str) -> int | None:
+    """None where the name does not say."""
+    match = re.match(rf"(?:vit|deit3?|flexivit)_({'|'.join(WIDTHS)})(?!.*_plus_)", architecture)
+    return WIDTHS[match[1]] if match else None
 
 
 def gelu_of(architecture: str) -> Gelu:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vitrail.core.errors import UserError
-from vitrail.core.runs import write_json, write_whole
+from vitrail.core.runs import save_tensors, write_json, write_whole
 from vitrail.core.types import Preprocess
 from vitrail.models.classifier import Classifier, ClassifierConfig
 from vitrail.models.vit import ViT, ViTConfig, resize_preprocess
@@ -28,6 +27,7 @@ from vitrail.weights.timm_names import (
     TRUNK_STANDARDIZATION,
     TRUNK_UNIT,
 )
+from vitrail.weights.writing import make_folder, save_safetensors
 
 # The architectures that are asked for; each is then told its sizes, so only what no argument can say is their own.
 PLAIN = "vit_base_patch16_224"
@@ -71,15 +71,15 @@ def write(model: Classifier | ViT, destination: Path) -> tuple[str, ...]:
     data = _data(vit, classifier, model.labels if isinstance(model, Classifier) else (), notes)
     architecture, arguments = data["architecture"], data["model_args"]
     epsilon = config.numerics.norm_epsilon
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(destination.parent)
     if not bare:
         if epsilon != _epsilon(architecture):
             raise UserError(
                 f"a timm folder cannot say a norm epsilon of {epsilon:g}, and timm would compute something else: write a "
                 "bare .safetensors file, whose notes say how to build the model"
             )
-        destination.mkdir(exist_ok=True)
-        write_whole(destination / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+        make_folder(destination)
+        write_whole(destination / "model.safetensors", lambda path: save_safetensors(tensors, path, {"format": "pt"}))
         write_json(destination / "config.json", data)
         return tuple(notes)
     told = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
@@ -89,14 +89,14 @@ def write(model: Classifier | ViT, destination: Path) -> tuple[str, ...]:
     if destination.suffix == ".safetensors":
         # timm does not look at a header; Vitrail finds there what the folder's config.json would say.
         header = {"format": "pt", HEADER: json.dumps(data | {"norm_epsilon": epsilon})}
-        write_whole(destination, lambda path: save_file(tensors, path, header))
+        write_whole(destination, lambda path: save_safetensors(tensors, path, header))
         return tuple(notes)
     if (config.numerics.gelu, epsilon) != ("erf", 1e-5 if config.pre_norm else 1e-6) and config.feed_forward == "mlp":
         raise UserError(
             f"a timm {destination.suffix} file cannot say a {config.numerics.gelu} GELU or a norm epsilon of {epsilon:g}: "
             "write a folder or a .safetensors file"
         )
-    write_whole(destination, lambda path: torch.save(tensors, path))
+    write_whole(destination, lambda path: save_tensors(tensors, path))
     return tuple(notes)
 
 

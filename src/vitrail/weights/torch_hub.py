@@ -11,9 +11,10 @@ from vitrail.models.vit import ViTConfig
 from vitrail.weights.conversion import Converted, Keys
 from vitrail.weights.looks import IMAGENET, assumed
 from vitrail.weights.mae import take_decoder
-from vitrail.weights.parts import Findings, Size, converted, read_backbone
+from vitrail.weights.parts import SCALES, Findings, Size, converted, read_backbone
 from vitrail.weights.source import Checkpoint
-from vitrail.weights.timm import Stated, take_head
+from vitrail.weights.timm import compare, take_head
+from vitrail.weights.timm_json import Stated
 from vitrail.weights.timm_names import DIALECT, FOREIGN
 
 NAME = "torch_hub"
@@ -56,7 +57,7 @@ def convert(checkpoint: Checkpoint, *, heads: int | None = None, grid: Size | No
     keys.skip_outside("beside the network that is used: the other one of a pair, a projector, or training state")
     author = _author(keys)
     findings = Findings(heads, None, grid, Numerics("erf", 1e-6, author.resample))
-    findings.notes.append(f"its tensors are taken for {author.name}'s")
+    findings.notes.append(f"its tensors are taken for those of {author.name}")
     if author is MOCO:
         keys.skip("head.*", "MoCo's projector, for pre-training alone")
         if heads is None and keys.shape("norm.weight", 1) == (384,):
@@ -64,12 +65,19 @@ def convert(checkpoint: Checkpoint, *, heads: int | None = None, grid: Size | No
             findings.notes.append("MoCo v3's ViT-S has 12 heads of 32 numbers, not 6 of 64: they are taken (heads=)")
     if "fc_norm.weight" in keys:
         findings.required = ()
+    if author in (DINOV2, DINOV2_REGISTERS, MOCO) or "decoder_embed.weight" in keys:
+        # Surely theirs, and none of their models is without these; what has no mark of its own may be anyone's.
+        keys.shape("cls_token")
+        findings.qkv_bias = True
+    if author in (DINOV2, DINOV2_REGISTERS):
+        findings.required = (*findings.required, *SCALES)
     backbone = read_backbone(keys, DIALECT, findings)
+    compare(keys, Stated(), backbone, grid)
     extra = {}
     if "decoder_embed.weight" in keys:
         extra = take_decoder(keys, MAE_BLOCKS, "", backbone, findings, None)
     for name in ("mask_token", "masked_embed"):
-        keys.skip(name, "takes the place of masked patches, for pre-training alone")
+        keys.skip(name, "takes the place of masked patches, for pre-training alone", backbone.width)
     pool = "avg" if "fc_norm.weight" in keys else "token"
     config, head = take_head(keys, backbone, Stated(pool=pool), findings)
     size = (224, 224) if author in (DINOV2, DINOV2_REGISTERS) and _fits(backbone, 224) else backbone.image

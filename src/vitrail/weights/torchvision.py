@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from vitrail.core.errors import UserError
-from vitrail.core.runs import write_whole
+from vitrail.core.runs import save_tensors, write_whole
 from vitrail.core.types import Numerics, Preprocess
 from vitrail.core.values import from_json, to_json
 from vitrail.models.classifier import Classifier, ClassifierConfig
@@ -23,6 +22,7 @@ from vitrail.weights.modules import head_state, take_module
 from vitrail.weights.parts import Dialect, Findings, Size, converted, read_backbone
 from vitrail.weights.parts_writing import state_of, write_backbone, written
 from vitrail.weights.source import Checkpoint
+from vitrail.weights.writing import make_folder, save_safetensors
 
 NAME = "torchvision"
 
@@ -66,11 +66,12 @@ def convert(checkpoint: Checkpoint, *, heads: int | None = None, grid: Size | No
         )
     said = _said(checkpoint)
     numerics = Numerics("erf", said.get("norm_epsilon", 1e-6), "bicubic-aligned")
-    findings = Findings(heads or said.get("heads"), None, grid, numerics, placed=True)
+    findings = Findings(heads or said.get("heads"), None, grid, numerics, placed=True, qkv_bias=True)
     backbone = read_backbone(keys, DIALECT, findings)
-    if backbone.patch[0] != backbone.patch[1]:
+    if backbone.patch[0] != backbone.patch[1] or backbone.channels != 3:
         raise UserError(
-            f"{checkpoint.path} has patches of {backbone.patch} pixels, and torchvision's are square: not read"
+            f"{checkpoint.path} has patches of {backbone.patch} pixels and {backbone.channels} channels, and torchvision's "
+            "are square, of 3 channels: not read"
         )
     config: ClassifierConfig | ViTConfig = backbone
     hidden, has_head = None, "heads.head.weight" in keys
@@ -124,19 +125,19 @@ def write(model: Classifier | ViT, destination: Path) -> tuple[str, ...]:
     if config.numerics.norm_epsilon != 1e-6:
         told += f", norm_layer=partial(torch.nn.LayerNorm, eps={config.numerics.norm_epsilon:g})"
     notes.append(f"torchvision must be told what model it is: VisionTransformer({told})")
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(destination.parent)
     if destination.suffix == ".safetensors":
         # torchvision does not look at a header; Vitrail finds there what the tensors cannot say.
         said = {"heads": config.heads, "norm_epsilon": config.numerics.norm_epsilon}
         header = {"format": "pt", HEADER: json.dumps(said | {"preprocess": to_json(vit.preprocess)})}
-        write_whole(destination, lambda path: save_file(tensors, path, header))
+        write_whole(destination, lambda path: save_safetensors(tensors, path, header))
         return tuple(notes)
     if config.numerics.norm_epsilon != 1e-6:
         raise UserError(
             f"a torchvision {destination.suffix} file cannot say a norm epsilon of {config.numerics.norm_epsilon:g}: write "
             "a .safetensors file, whose notes say how to build the module"
         )
-    write_whole(destination, lambda path: torch.save(tensors, path))
+    write_whole(destination, lambda path: save_tensors(tensors, path))
     return tuple(notes)
 
 
