@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -93,7 +93,16 @@ def test_so_has_every_setting_of_the_other_verbs(
     for line in flags:
         assert re.search(r"\(default: .*\)|\(required\)", line), line
         assert len(re.sub(r"\(.*\)|--\S+|\b[A-Z]+\b", "", line).split()) >= 3, line
-    assert {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(kind)} >= set(shown) - {"--help"}
+    assert set(settings_of(kind)) >= set(shown) - {"--help"}
+
+
+def settings_of(kind: type) -> Iterator[str]:
+    """The flags of a dataclass, those of a group within it among them."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from settings_of(hint)
+        else:
+            yield f"--{name.replace('_', '-')}"
 
 
 def test_flags_become_settings_and_leave_the_rest_alone() -> None:

@@ -11,8 +11,16 @@ VERBS = {
     "fit": ("vitrail.commands.fit:run", "an answer within a minute for anyone's photos, then a better one"),
     "train": ("vitrail.commands.train:train", "train a model from random weights on your pictures"),
     "finetune": ("vitrail.commands.train:finetune", "train on from a checkpoint, on your pictures and classes"),
-    "pretrain": ("vitrail.commands.pretrain:pretrain", "learn from pictures without labels, by masked patch prediction"),
-    "run": ("vitrail.commands.train:run_file", "carry out a recipe of your own, a Python file"),
+    "pretrain": (
+        "vitrail.commands.pretrain:pretrain",
+        "learn from pictures without labels, by masked patch prediction",
+    ),
+    "run": ("vitrail.commands.train:run_file", "carry out a recipe of the paper by name, or your own Python file"),
+    "recipes": ("vitrail.commands.recipes:run", "the paper's training tables as named recipes, with published results"),
+    "recipe": (
+        "vitrail.commands.recipes:run_one",
+        "all of one recipe: settings, cost, published results, open questions",
+    ),
     "predict": ("vitrail.commands.predict:run", "what a model sees in pictures"),
     "evaluate": ("vitrail.commands.evaluate:run", "how often a model is right on labelled pictures"),
     "probe": ("vitrail.commands.probe:run", "how much a frozen model already knows: few-shot, linear, kNN"),

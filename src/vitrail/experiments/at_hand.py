@@ -6,9 +6,9 @@ an answer is wanted within a minute.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from vitrail.core.errors import UserError
+from vitrail.weights.own import OWN, place
 from vitrail.weights.remote import cached, fetch
 
 USUAL = "official:augreg/S_16"
@@ -52,8 +52,8 @@ class Found:
 def best_at_hand(gpu: bool) -> Found:
     """What to start from. Asks the network only where the cache has nothing."""
     for source in (*LARGER, *SMALL) if gpu else (*SMALL, *LARGER):
-        if (place := cached(source)) is not None:
-            return Found(str(place), f"{source}, the best that lies in the cache (--weights takes others)")
+        if (file := cached(source)) is not None:
+            return Found(str(file), f"{source}, the best that lies in the cache (--weights takes others)")
     usual = "official:augreg/B_16" if gpu else USUAL
     try:
         fetch(usual)
@@ -64,10 +64,11 @@ def best_at_hand(gpu: bool) -> Found:
         why = str(error)
     own = own_weights()
     if own is not None:
-        return Found(str(own), f"Vitrail's own small weights, for nothing better is at hand: {why}")
+        return Found(own, f"{own}, Vitrail's own small weights, for nothing better is at hand: {why}")
     return Found(None, f"random weights, trained from scratch, for there is nothing pre-trained at hand: {why}")
 
 
-def own_weights() -> Path | None:
-    """The checkpoint that comes with the package; None while there is none."""
-    return None
+def own_weights() -> str | None:
+    """The id of the weights that come with the package: made on pictures of 28 pixels, they know little of photographs. None
+    in a copy of the package that lacks them."""
+    return next((name for name in OWN if place(name).exists()), None)

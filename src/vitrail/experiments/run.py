@@ -36,7 +36,7 @@ from vitrail.training.pace import Outcome, Pace
 from vitrail.weights.conversion import Model
 
 MEASURED_SECONDS, MOST_MEASURED = 3.0, 50
-"""A processor's clock wanders, so the plan rests on as many steps as these seconds hold, three to fifty."""
+"""A processor's clock wanders, so a length in minutes rests on as many steps as these seconds hold, three to fifty."""
 
 
 def run(recipe: Recipe, command: Sequence[str] = (), expected: float | None = None) -> Result:
@@ -125,13 +125,14 @@ class _Experiment:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         name = self.recipe.model.model if self.recipe.own.network is None else type(model).__qualname__
         self.say(f"model: {name}, {parameters:,} parameters, {preprocess.size[0]} x {preprocess.size[1]} px")
-        step_seconds = self._step_seconds(model, preprocess, 3)
-        if (more := min(MOST_MEASURED, int(MEASURED_SECONDS / step_seconds))) > 3:
-            step_seconds = self._step_seconds(model, preprocess, more)
+        length = self.recipe.length
+        step_seconds = ranks.from_first(self._step_seconds(model, preprocess, 3))
+        more = min(MOST_MEASURED, int(MEASURED_SECONDS / step_seconds))
+        if more > 3 and not length.steps and not length.epochs:
+            step_seconds = ranks.from_first(self._step_seconds(model, preprocess, more))
         held_out = len(self.pictures.splits.validation or ())
         # A forward pass is about a third of a step.
         epoch_seconds = held_out / self.recipe.data.batch * step_seconds / 3
-        step_seconds, epoch_seconds = ranks.from_first((step_seconds, epoch_seconds))
         self.recipe, said = plan_length(self.recipe, facts, machine, step_seconds, epoch_seconds)
         for line in said:
             self.say(f"planned: {line}")

@@ -24,6 +24,7 @@ class Variant(NamedTuple):
 VARIANTS = {
     # Ours, for pictures of about 28 pixels and minutes of a processor (docs/log.md).
     "Nano": Variant(96, 4, 192, 3),
+    "Micro": Variant(192, 6, 384, 3),
     # google-research/vision_transformer, vit_jax/configs/models.py
     "Ti": Variant(192, 12, 768, 3),
     "S": Variant(384, 12, 1536, 6),
@@ -41,6 +42,7 @@ VARIANTS = {
 
 VITS = (
     "ViT-Nano/7",
+    "ViT-Micro/7",
     "ViT-Ti/16",
     "ViT-S/32",
     "ViT-S/16",
