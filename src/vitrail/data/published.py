@@ -265,7 +265,7 @@ def flowers(path: Path) -> Keyed | None:
 def matlab(file: Path, name: str) -> Any:
     """One variable of a .mat file. Raises UserError where it is damaged, lacks the variable, or SciPy is missing."""
     try:
-        from scipy.io import loadmat  # type: ignore[import-untyped]
+        from scipy.io import loadmat
     except ImportError as error:
         raise UserError(f"{file} is a MATLAB file, which SciPy reads: pip install 'vitrail[benchmarks]'.") from error
     try:
