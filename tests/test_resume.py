@@ -61,11 +61,11 @@ def half(data, file):
 torch.save = half
 """
 IN_A_MODEL = """
-from vitrail.weights import native
+from vitrail.weights import writing
 def half(tensors, path, metadata):
     pathlib.Path(path).write_bytes(b"half of a model")
     halt()
-native.save_file = half
+writing.save_file = half
 """
 AFTER_A_MODEL = """
 from vitrail.weights import native

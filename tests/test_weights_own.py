@@ -45,7 +45,7 @@ def test_other_names_are_refused() -> None:
 
 def test_the_demo_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--minutes is 0; give more than 0"):
-        run(Settings(minutes=0))
+        run(Settings(minutes=0.0))
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="already holds a demo; give another folder"):
         run(Settings(steps=1, out=tmp_path))
