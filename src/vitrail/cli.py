@@ -75,7 +75,10 @@ def _call(verb: str, rest: list[str]) -> int:
         return int(function(rest))
     from vitrail.commands.flags import parse
 
-    return int(function(parse(kind, rest, verb, description=(function.__doc__ or "").strip())))
+    said = kind.__doc__ or ""
+    if said.startswith(f"{kind.__name__}("):  # a dataclass without a docstring is given its signature
+        said = function.__doc__ or ""
+    return int(function(parse(kind, rest, verb, description=said.strip())))
 
 
 def _help() -> str:
