@@ -18,7 +18,7 @@ from vitrail.weights.huggingface_names import ACTIVATIONS, DIALECT, DINOV3_GATED
 from vitrail.weights.huggingface_writing import write
 from vitrail.weights.mae import take_decoder
 from vitrail.weights.modules import TWO_HEADS, chosen, head_state, take_module, take_rows, take_two_heads, whole
-from vitrail.weights.parts import SCALES, Findings, Size, converted, read_backbone
+from vitrail.weights.parts import SCALES, Findings, Size, converted, number_pair, read_backbone, whole_number
 from vitrail.weights.source import Checkpoint
 
 __all__ = ["NAME", "convert", "recognises", "write"]
@@ -110,12 +110,12 @@ def _findings(
     family = FAMILIES[kind]
     where = f"{checkpoint.path}'s config.json"
     try:
-        image = _pair(config.get("image_size", 224))
-        stated = _whole(config.get("num_attention_heads", family.heads))
+        image = number_pair(config.get("image_size", 224))
+        stated = whole_number(config.get("num_attention_heads", family.heads))
         epsilon = float(config.get("layer_norm_eps", family.epsilon))
         base = float(config.get("rope_theta", 100.0))
-        _pair(config.get("patch_size", 16))
-        _whole(config.get("decoder_num_attention_heads", 16))
+        number_pair(config.get("patch_size", 16))
+        whole_number(config.get("decoder_num_attention_heads", 16))
         if not 0 <= epsilon < 0.01:
             raise ValueError(f"a layer_norm_eps of {epsilon:g}")
         architectures = checkpoint.config.get("architectures") if checkpoint.config else None
@@ -160,7 +160,7 @@ def _compare(checkpoint: Checkpoint, config: dict[str, Any], backbone: ViTConfig
     }
     for name, value in found.items():
         stated = config.get(name, value)
-        if stated != value and (name != "patch_size" or _pair(stated) != value):
+        if stated != value and (name != "patch_size" or number_pair(stated) != value):
             raise UserError(
                 f"{checkpoint.path}'s config.json says {name} {stated}, but its tensors have {value}: use files that belong "
                 "together"
@@ -229,16 +229,3 @@ def _under(checkpoint: Checkpoint, beginnings: tuple[str, ...]) -> str | None:
     """What stands before the backbone's names; None where they are not there."""
     keys = Keys(checkpoint)
     return next((at for at in beginnings if at + whole(chosen(keys, DIALECT.patch, at)[0], "weight") in keys), None)
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} in place of a whole number")
-    return value
-
-
-def _pair(value: Any) -> Size:
-    if not isinstance(value, list | tuple):
-        return _whole(value), value
-    height, width = value
-    return _whole(height), _whole(width)

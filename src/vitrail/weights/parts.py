@@ -7,7 +7,7 @@ lay tensors out as PyTorch does, as we do: a part is renamed, or several of thei
 import math
 import re
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -292,3 +292,18 @@ def _take_table(
         findings.folded.append("the registers' positions are added to the registers themselves")
     keys.put("position_embedding.grid", table[before:].reshape(y, x, width), name)
     return Table(placed, table[placed:before] if before > placed else None, (y * stride[0], x * stride[1]))
+
+
+def whole_number(value: Any) -> int:
+    """Of a config's JSON. Raises TypeError for anything else, true and false among it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} in place of a whole number")
+    return value
+
+
+def number_pair(value: Any) -> Size:
+    """(height, width) from one whole number or two. Raises TypeError or ValueError for anything else."""
+    if not isinstance(value, list | tuple):
+        return whole_number(value), value
+    height, width = value
+    return whole_number(height), whole_number(width)

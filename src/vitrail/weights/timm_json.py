@@ -12,7 +12,7 @@ from vitrail.core.errors import UserError
 from vitrail.core.types import Gelu, Interpolation, Preprocess
 from vitrail.models.vit import ViTConfig
 from vitrail.weights.looks import CLIP, HALF, IMAGENET, assumed, fitted
-from vitrail.weights.parts import Findings, Size
+from vitrail.weights.parts import Findings, Size, number_pair, whole_number
 from vitrail.weights.source import Checkpoint
 from vitrail.weights.timm_names import (
     ATTENTION_POOL,
@@ -83,9 +83,9 @@ def read_stated(checkpoint: Checkpoint) -> Stated:
             raise UserError(f"{where} asks for a pool that looks at the prefix tokens: convert a plain model")
         size = arguments.get("img_size") or (looks.get("input_size") or (None,))[1:] or None
         return Stated(
-            heads=_count(arguments["num_heads"]) if "num_heads" in arguments else HEADS.get(architecture),
+            heads=whole_number(arguments["num_heads"]) if "num_heads" in arguments else HEADS.get(architecture),
             width=width_of(architecture),
-            image=None if size is None else _pair(size),
+            image=None if size is None else number_pair(size),
             gelu=GELUS.get(activation) if activation else gelu_of(architecture),
             epsilon=float(config.get("norm_epsilon", 1e-5 if "_clip_" in architecture else 1e-6)),
             positions=arguments.get("pos_embed", "learn") not in ("", "none"),
@@ -108,12 +108,14 @@ def _pool_of(architecture: str) -> str:
 def _parts(architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """What the arguments say of the backbone, and the name where they do not."""
     counts = {
-        name: _count(arguments[name]) for name in ("in_chans", "embed_dim", "depth", "reg_tokens") if name in arguments
+        name: whole_number(arguments[name])
+        for name in ("in_chans", "embed_dim", "depth", "reg_tokens")
+        if name in arguments
     }
     kinds = ("class_token", "no_embed_class", "qkv_bias", "qk_norm", "pre_norm", "init_values")
     parts: dict[str, Any] = counts | {name: bool(arguments[name]) for name in kinds if name in arguments}
     if arguments.get("patch_size"):
-        parts["patch_size"] = _pair(arguments["patch_size"])
+        parts["patch_size"] = number_pair(arguments["patch_size"])
     by_name = {
         "qkv_bias": NO_QKV_BIAS.search(architecture) is None,
         "reg_tokens": registers_of(architecture),
@@ -134,7 +136,7 @@ def read_preprocess(stated: Stated, backbone: ViTConfig, findings: Findings) -> 
         preprocess = assumed(backbone.image, normalisation, "bicubic", 1 / 0.9, backbone.channels)
         return preprocess, f"assumed: bare timm files state none, and this is timm's own for {whose}"
     try:
-        size, share = _pair(looks["input_size"][1:]), float(looks.get("crop_pct") or 0.875)
+        size, share = number_pair(looks["input_size"][1:]), float(looks.get("crop_pct") or 0.875)
         mean, deviation = (tuple(float(value) for value in looks[name]) for name in ("mean", "std"))
         interpolation = str(looks.get("interpolation") or "bicubic")
         if not len(mean) == len(deviation) == backbone.channels:
@@ -166,17 +168,3 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
         return dict(json.loads(checkpoint.metadata[HEADER]))
     except (TypeError, ValueError) as error:
         raise UserError(f"{checkpoint.path} has a damaged header ({error}): write it again") from error
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} in place of a whole number")
-    return value
-
-
-def _pair(value: Any) -> Size:
-    """(height, width) from one number or two."""
-    if not isinstance(value, list | tuple):
-        return _count(value), value
-    height, width = value
-    return _count(height), _count(width)
