@@ -96,7 +96,7 @@ class Answer:
 
 
 def run(settings: Settings) -> int:
-    """The likeliest classes of each picture; exit code 2 if one could not be read."""
+    """0, or 2 if a picture could not be read. Raises UserError where nothing could be done at all."""
     if settings.json and settings.csv:
         raise UserError("--json and --csv exclude each other; give one of them.")
     for flag, value in (("--top", settings.top), ("--batch", settings.batch)):

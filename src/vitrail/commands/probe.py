@@ -27,7 +27,6 @@ from vitrail.evaluation.means import mean_interval
 from vitrail.evaluation.metrics import spoken, wilson
 from vitrail.inference import features
 from vitrail.inference.features import FeatureTable, Reading, default_cache, extract
-from vitrail.weights.load import load_any
 from vitrail.weights.report import described_preprocess
 
 Split = Literal["", "train", "validation", "test"]
@@ -76,9 +75,7 @@ def run(settings: Settings) -> int:
     check(settings)
     given = settings.checkpoint
     device = given.on()
-    model = load_any(str(settings.weights), heads=given.heads, grid=given.grid, preprocess=given.preprocess or None).to(
-        device
-    )
+    model = given.model(settings.weights)
     features.check(model, settings.reading)
     found, said = splits.read(settings.data)
     train_name, test_name = choose(settings, found)
