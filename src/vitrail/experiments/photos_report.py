@@ -4,27 +4,23 @@ Unusual: most of it is about the photos, not about the model. What is likely mis
 since only a person can tell. Every word that comes from outside is escaped where it is put in.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vitrail.analysis.figures import as_svg, confusion, curves
 from vitrail.core.runs import RunFolder, write_whole
 from vitrail.core.types import Row, Sample
-from vitrail.data.decode import UnreadablePicture, decode
+from vitrail.data.decode import UnreadablePicture
 from vitrail.data.survey import Pair
 from vitrail.experiments.page import PAGE
 from vitrail.experiments.photos_data import FEW, Photos
 from vitrail.experiments.photos_folder import PROMISE, Named, State
+from vitrail.experiments.report import thumbnail
 
 SUSPECTS, NEXT, PAIRS, MISTAKES = 48, 12, 24, 24
 """Pictures shown at most; of suspects that are not counted as wrong, NEXT."""
-THUMBNAIL = 224
 MOST_DRAWN = 60
 STYLE = """<style>
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.6rem 1.5rem; }
@@ -175,17 +171,9 @@ def _card(sample: Sample, words: str) -> str:
     """A picture with words (HTML already) and its file's name below."""
     name = escape(sample.name)
     try:
-        image = decode(sample.picture, 3, (THUMBNAIL, THUMBNAIL), sample.name)
+        uri, small = thumbnail(sample.picture, sample.name, quality=80)
     except UnreadablePicture:
         return f'<figure title="{name}"><div class="frame"></div><figcaption>{words}<br>cannot be read</figcaption></figure>'
-    small = max(image.size) < THUMBNAIL // 2
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    if small:
-        image.save(file, "PNG", optimize=True)
-    else:
-        image.save(file, "JPEG", quality=80)
-    uri = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
     kind = ' class="pixelated"' if small else ""
     short = escape("/".join(Path(sample.name).parts[-2:]))
     words = f"{words}<br>" if words else ""

@@ -164,7 +164,7 @@ def _mistakes(mistakes: Sequence[Mistake], source: Source, classes: Sequence[str
     cards = []
     for mistake in mistakes:
         sample = source[mistake.index]
-        uri, pixelated = _thumbnail(sample.picture, sample.name)
+        uri, pixelated = thumbnail(sample.picture, sample.name)
         kind = ' class="pixelated"' if pixelated else ""
         cards.append(
             f'<figure title="{escape(sample.name)}"><div class="frame"><img src="{uri}" alt="{escape(sample.name)}"'
@@ -176,7 +176,7 @@ def _mistakes(mistakes: Sequence[Mistake], source: Source, classes: Sequence[str
     return f'<p class="note">{note}</p><div class="mistakes">{"".join(cards)}</div>'
 
 
-def _thumbnail(picture: Any, name: str) -> tuple[str, bool]:
+def thumbnail(picture: Any, name: str, quality: int = 85) -> tuple[str, bool]:
     """A data URI, and whether the picture is so small that it is to be shown pixel by pixel."""
     image = decode(picture, 3, (THUMBNAIL, THUMBNAIL), name)
     small = max(image.size) < THUMBNAIL // 2
@@ -185,7 +185,7 @@ def _thumbnail(picture: Any, name: str) -> tuple[str, bool]:
     if small:
         image.save(file, "PNG", optimize=True)
     else:
-        image.save(file, "JPEG", quality=85)
+        image.save(file, "JPEG", quality=quality)
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", small
 
