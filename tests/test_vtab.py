@@ -171,7 +171,7 @@ def test_dsprites_both_ways(tmp_path: Path) -> None:
 
 SLICES = {
     # Of each set with its true counts: TFDS's slices of the 200 and of the test pictures.
-    "caltech101": ("train", 2753, "test", 0),
+    "caltech101": ("train", 2754, "test", 0),
     "cifar100": ("train", 45_000, "test", 0),
     "pets": ("train", 2944, "test", 0),
     "svhn": ("train", 65_931, "test", 0),

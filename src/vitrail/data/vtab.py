@@ -111,7 +111,7 @@ NORB = ("smallnorb", 2, {"train": 24_300, "test": 24_300}, ("test", ()), ("test"
 NORB_FROM = ("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/", "for research; no redistribution")
 # fmt: off
 TASKS: dict[str, Task] = {task.name: task for task in (
-    Task("caltech101", "Caltech101", "natural", 102, "caltech101", 3, {"train": 3059, "test": 6085}, TENTH, TEST,
+    Task("caltech101", "Caltech101", "natural", 102, "caltech101", 3, {"train": 3060, "test": 6084}, TENTH, TEST,
           "https://data.caltech.edu/records/mzrjq-6wc02", "CC BY 4.0"),
     Task("cifar100", "CIFAR-100", "natural", 100, "cifar100", 3, {"train": 50_000, "test": 10_000}, TENTH, TEST,
           "https://www.cs.toronto.edu/~kriz/cifar.html", UNSTATED, names=("cifar",)),
