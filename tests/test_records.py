@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitrail.core.checksums import crc32c, crc32c_of_file
 from vitrail.core.errors import UserError
 from vitrail.data import tfds
 from vitrail.data.decode import UnreadablePicture
-from vitrail.data.records import crc32c, open_records, read_example, write_example, write_records
-from vitrail.weights import checksums
+from vitrail.data.records import open_records, read_example, write_example, write_records
 
 FIXTURE = Path(__file__).parent / "fixtures/tfds"
 TINY = FIXTURE / "tiny/3.1.0"
@@ -29,7 +29,7 @@ def test_crc_is_castagnolis(tmp_path: Path) -> None:
     for length in (1, 3, 4, 5, 4095, 4096, 4097, 4099, 4100, 20_000):
         data = np.random.default_rng(length).bytes(length)
         (tmp_path / "file").write_bytes(data)
-        assert crc32c(data) == int.from_bytes(checksums.crc32c(tmp_path / "file"), "big")
+        assert crc32c(data) == int.from_bytes(crc32c_of_file(tmp_path / "file"), "big")
 
 
 def test_reads_what_tfds_reads() -> None:

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from vitrail.commands import models
+from vitrail.core.checksums import crc32c_of_file
 from vitrail.core.errors import UserError
 from vitrail.weights import storage
-from vitrail.weights.checksums import crc32c
 from vitrail.weights.load import load
 from vitrail.weights.remote import cached, fetch
 
@@ -101,7 +101,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
                 self.send_header("x-goog-hash", "md5=" + base64.b64encode(digest).decode())
             if "crc32c" in state.hashes:
                 (tmp_path / "plain").write_bytes(b"other" if state.wrong_hash else content)
-                self.send_header("x-goog-hash", "crc32c=" + base64.b64encode(crc32c(tmp_path / "plain")).decode())
+                self.send_header(
+                    "x-goog-hash", "crc32c=" + base64.b64encode(crc32c_of_file(tmp_path / "plain")).decode()
+                )
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
             self.send_header("Content-Length", str(len(content) - start))
@@ -139,7 +141,7 @@ def test_crc32c_of_known_bytes(tmp_path: Path) -> None:
         (b"", "00000000"),
     ):
         (tmp_path / "data").write_bytes(data)
-        assert crc32c(tmp_path / "data").hex() == expected
+        assert crc32c_of_file(tmp_path / "data").hex() == expected
 
 
 def test_crc32c_of_many_bytes_is_that_of_the_byte_by_byte_rule(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_crc32c_of_many_bytes_is_that_of_the_byte_by_byte_rule(tmp_path: Path) -
         for _ in range(8):
             state = (state >> 1) ^ (0x82F63B78 if state & 1 else 0)
     (tmp_path / "data").write_bytes(data)
-    assert int.from_bytes(crc32c(tmp_path / "data"), "big") == state ^ 0xFFFFFFFF
+    assert int.from_bytes(crc32c_of_file(tmp_path / "data"), "big") == state ^ 0xFFFFFFFF
 
 
 @pytest.mark.parametrize("hashes", [("crc32c", "md5"), ("crc32c",), ()])

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vitrail.core.checksums import crc32c_of_file
 from vitrail.core.errors import UserError
-from vitrail.weights.checksums import crc32c
 
 STORAGE = "https://storage.googleapis.com"
 BUCKETS = ("bit_models", "big_vision")
@@ -237,7 +237,7 @@ def _check(source: str, part: Path, headers: dict[str, str]) -> str:
     if "md5" in stated:
         kind, found = "md5", md5.digest()
     elif "crc32c" in stated:
-        kind, found = "crc32c", crc32c(part)
+        kind, found = "crc32c", crc32c_of_file(part)
     else:
         return sha256.hexdigest()
     if base64.b64encode(found).decode() != stated[kind]:
