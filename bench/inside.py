@@ -16,7 +16,7 @@ import torch
 
 from vitrail.analysis.attention import attention_distances
 from vitrail.analysis.internals import trace
-from vitrail.layers.transformer import attention_map
+from vitrail.layers.attention import attention_map
 from vitrail.models.vit import ViT
 from vitrail.weights import zoo
 

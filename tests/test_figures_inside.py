@@ -23,7 +23,7 @@ from vitrail.analysis.position_similarity import position_similarity, structure
 from vitrail.analysis.tokens import token_colours, token_similarity
 from vitrail.commands.figures import Settings, run
 from vitrail.core.errors import UserError
-from vitrail.layers.transformer import rotate
+from vitrail.layers.attention import rotate
 from vitrail.models.classifier import ClassifierConfig
 from vitrail.models.resnet import ResNetConfig, TrunkConfig
 from vitrail.models.vit import ViT, ViTConfig

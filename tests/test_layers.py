@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Features, Numerics, Positions
+from vitrail.layers.attention import Attention, rotate
 from vitrail.layers.heads import AttentionPool, ClassMeanPool, LinearHead, MeanPool, NoHead, PrefixPool
 from vitrail.layers.patches import PatchEmbedding
-from vitrail.layers.transformer import MLP, Attention, Block, Encoder, SwiGLU, Variant, rotate
+from vitrail.layers.transformer import MLP, Block, Encoder, SwiGLU, Variant
 
 
 def generator(seed: int = 0) -> torch.Generator:

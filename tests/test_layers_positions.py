@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.core.types import Resampling, Tokens
+from vitrail.layers.attention import Attention, rotate
 from vitrail.layers.patches import grid_coordinates
 from vitrail.layers.positions import (
     LearnedPositions,
@@ -21,7 +22,6 @@ from vitrail.layers.positions import (
     sincos2d,
 )
 from vitrail.layers.resampling import resample_grid, resample_offsets
-from vitrail.layers.transformer import Attention, rotate
 
 
 def generator(seed: int = 0) -> torch.Generator:

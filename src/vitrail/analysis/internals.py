@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Features, Positions
+from vitrail.layers.attention import attention_map
 from vitrail.layers.heads import AttentionPool
-from vitrail.layers.transformer import Block, attention_map
+from vitrail.layers.transformer import Block
 from vitrail.models.classifier import Classifier
 from vitrail.models.resnet import ResNet
 from vitrail.models.vit import ViT
@@ -86,10 +87,12 @@ class Trace:
 def trace(model: Model, images: Shaped[Tensor, "b c h w"]) -> Trace:
     """The model's own forward pass, in evaluation mode. images: uint8 pixels, or normalised floating numbers.
 
-    Raises UserError for a ResNet, which has no attention.
+    Raises UserError for a ResNet, which has no attention, and while tokens are merged.
     """
     backbone = vit_of(model)
     assert not isinstance(model, ResNet)
+    if backbone.merge:
+        raise UserError("attention is written down for whole rows of tokens; leave out --merge to look at it.")
     with evaluating(model):
         tokens = backbone.tokenize(normalized(model, images))
         positions = backbone.positions(tokens)

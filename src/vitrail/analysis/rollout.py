@@ -13,7 +13,7 @@ from torch import Tensor
 from vitrail.analysis.internals import Model, Trace, answer_reads, evaluating, joined, trace
 from vitrail.core.errors import UserError
 from vitrail.core.types import Features
-from vitrail.layers.transformer import attention_map
+from vitrail.layers.attention import attention_map
 from vitrail.models.classifier import Classifier
 
 

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.analysis.internals import Model, evaluating
 from vitrail.core.types import Features, Positions
+from vitrail.layers.attention import attention_map
 from vitrail.layers.convolutions import max_pool
-from vitrail.layers.transformer import MLP, Block, attention_map
+from vitrail.layers.transformer import MLP, Block
 from vitrail.models.classifier import Classifier
 from vitrail.models.resnet import ResNet, Trunk
 from vitrail.models.vit import ViT

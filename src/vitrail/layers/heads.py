@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.core.types import Features, Numerics
+from vitrail.layers.attention import attend
 from vitrail.layers.patches import lecun_normal_
-from vitrail.layers.transformer import MLP, attend
+from vitrail.layers.transformer import MLP
 
 PoolKind = Literal["class", "mean", "attention", "class-mean", "prefix"]
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from vitrail.core.errors import UserError
-from vitrail.core.types import Preprocess
+from vitrail.core.types import Features, Preprocess
 from vitrail.layers.heads import (
     AttentionPool,
     ClassMeanPool,
@@ -97,6 +97,8 @@ class Classifier(nn.Module):
     """Made by `vitrail.create`, or by `vitrail.load`.
 
     labels: the classes' names, in the logits' order; empty where they have none.
+    pooled_only: whether the last block leaves out the tokens that the pool does not look at (about 0.8 of a block's work
+        for a class token). Training always does; set it for evaluation too, where the last bits may then differ.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Classifier(nn.Module):
         self.pool = pool
         self.pool_norm = norm
         self.head = head
+        self.pooled_only = False
 
     def initialize(self, generator: torch.Generator) -> None:
         """The official initialisation, in place; the generator must be on the parameters' device."""
@@ -144,8 +147,15 @@ class Classifier(nn.Module):
             images = self.preprocess.normalize(images)
         elif not images.is_floating_point():
             raise UserError(f"pictures must be uint8 pixels or normalised floating numbers, not {images.dtype}")
-        pooled = self.pool(self.backbone.features(images))
+        pooled = self.pool(self._features(images))
         return self.head(pooled if self.pool_norm is None else self.pool_norm(pooled))
+
+    def _features(self, images: Float[Tensor, "b c h w"]) -> Features:
+        backbone = self.backbone
+        of_prefix = isinstance(self.pool, (ClassTokenPool, PrefixPool))
+        if of_prefix and isinstance(backbone, ViT) and not backbone.merge and (self.training or self.pooled_only):
+            return backbone.prefix_features(images)
+        return backbone.features(images)
 
     def layer_of(self, parameter: str) -> int:
         """As the backbone's; pool and head come after the last block."""

@@ -177,6 +177,7 @@ class ViT(nn.Module):
     """A ViT backbone. Made by `ViTConfig.build`, or by `vitrail.load_backbone`.
 
     checkpointing: set it to True to trade time for memory in training.
+    merge: set it to the number of patch tokens to merge in each block, for speed; 0 for none.
     preprocess: how pictures become this model's input.
     """
 
@@ -229,6 +230,23 @@ class ViT(nn.Module):
         if self.trunk is not None:
             self.trunk.checkpointing = wanted
 
+    @property
+    def merge(self) -> int:
+        return self.encoder.merge
+
+    @merge.setter
+    def merge(self, count: int) -> None:
+        """Raises UserError for a negative count, and where positions enter after the stem: a mean has none of its own."""
+        if count < 0:
+            raise UserError(f"merge must be at least 0 tokens a block, not {count}")
+        late = self.config.positions in ("rotary", "relative") or self.config.position_layers != "stem"
+        if count and late:
+            kind = self.config.positions if self.config.position_layers == "stem" else self.config.position_layers
+            raise UserError(
+                f"tokens can be merged only where positions enter at the stem, and this model's are {kind!r}"
+            )
+        self.encoder.merge, self.encoder.prefixes = count, self.config.prefixes
+
     def tokenize(self, images: Float[Tensor, "b c h w"]) -> Tokens:
         """Normalised pictures, of any size that the patch divides, to patch tokens without positions."""
         check_pictures(images, self.config.channels, self.config.stride)
@@ -257,6 +275,8 @@ class ViT(nn.Module):
         """
         valid = tokens.valid
         if valid is not None:
+            if self.merge:
+                raise UserError("tokens cannot be merged where some only fill up; set merge to 0")
             valid = torch.cat([valid.new_ones(valid.shape[0], self.config.prefixes), valid], dim=1)
         x, kept = self.encoder(self.prepend(tokens.x), positions, valid, keep)
         return self._split(x, tokens.grid, tuple(self._split(layer, tokens.grid) for layer in kept))
@@ -265,6 +285,13 @@ class ViT(nn.Module):
         """Normalised pictures to tokens after the final norm; `keep` as in `encode`."""
         tokens = self.tokenize(images)
         return self.encode(tokens, self.positions(tokens), keep)
+
+    def prefix_features(self, images: Float[Tensor, "b c h w"]) -> Features:
+        """As `features`, for who wants the prefix tokens alone: the last block computes nothing else from its attention
+        map on, and `tokens` is empty. The prefix differs by rounding only."""
+        tokens = self.tokenize(images)
+        x, _ = self.encoder(self.prepend(tokens.x), self.positions(tokens), first=self.config.prefixes)
+        return self._split(x, None)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         return self.features(images)
@@ -304,6 +331,14 @@ def build_positions(config: ViTConfig) -> PositionTable | PositionsBeforeEachBlo
     count = config.depth if config.position_layers == "every" else 1
     tables = [kind(placed, config.grid, config.width, rule, config.prefixes - placed) for _ in range(count)]
     return tables[0] if config.position_layers == "stem" else PositionsBeforeEachBlock(tables, config.depth)
+
+
+def merge_tokens(backbone: ViT | ResNet, count: int) -> None:
+    """Makes `count` patch tokens fewer in each block, in place; 0 for none. Raises UserError where a model cannot."""
+    if isinstance(backbone, ViT):
+        backbone.merge = count
+    elif count:
+        raise UserError("a ResNet has no tokens to merge; leave merge at 0")
 
 
 def resize_backbone(backbone: ViT | ResNet, image: tuple[int, int]) -> None:
