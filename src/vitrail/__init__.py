@@ -3,6 +3,7 @@
     model = vitrail.create("ViT-B/16", classes=10)    random weights
     model = vitrail.load("runs/flowers")              a trained classifier
     vitrail.fit("photos/", model="ViT-S/16")          the same as `vitrail train --data photos/ --model ViT-S/16`
+    vitrail.engine(model, "auto", "bf16", batch=8)    the fastest way to run it here: a function from pictures to answers
 
 Names are resolved on first use, so that importing vitrail imports no torch.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitrail.data.transforms import read as read
     from vitrail.experiments.run import fit as fit
+    from vitrail.inference.engines import engine as engine
     from vitrail.weights.load import load as load
     from vitrail.weights.load import load_backbone as load_backbone
     from vitrail.weights.native import save as save
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "create": "vitrail.weights.zoo",
+    "engine": "vitrail.inference.engines",
     "fit": "vitrail.experiments.run",
     "load": "vitrail.weights.load",
     "load_backbone": "vitrail.weights.load",

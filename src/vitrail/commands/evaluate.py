@@ -68,13 +68,16 @@ def run(settings: Settings) -> int:
     console = Console(stderr=True, soft_wrap=True)
     for note in (*notes, *suite.notes):
         console.print(Text(note))
+    given = settings.checkpoint
+    batch = min(settings.batch, len(source))
+    of = given.asking(model, batch=batch, pictures=len(source))
     loader = PictureLoader(
         source,
         Transform(model.preprocess),
-        Order(len(source), min(settings.batch, len(source)), len(source), shuffle=False),
+        Order(len(source), batch, len(source), shuffle=False),
         workers=settings.workers if settings.workers >= 0 else cores(),
     )
-    tally = suite.measure(model, loader, device=settings.checkpoint.on(), precision=settings.checkpoint.precision)
+    tally = suite.measure(model, loader, device=given.on(), precision="fp32" if of else given.autocast, of=of)
     if len(loader.problems) == len(source):
         raise UserError(f"None of the {len(source)} pictures of {settings.data} could be read; check the files.")
     rows = suite.rows(tally, len(source) - len(loader.problems))
@@ -84,6 +87,9 @@ def run(settings: Settings) -> int:
             "data": settings.data,
             "split": what,
             "labels": settings.labels,
+            "engine": of.name if of else "eager",
+            "precision": of.precision if of else given.autocast,
+            "merge": given.merge,
             "fingerprint": found.fingerprint,
             "count": tally.count,
             "unreadable": [

@@ -81,9 +81,13 @@ def run(settings: Settings) -> int:
     train_name, test_name = choose(settings, found)
     for name in (train_name, test_name):
         check_labelled(found[name], name, settings.data)
-    check_classes(torch.from_numpy(np.asarray(found[train_name].labels)))
+    check_classes(torch.tensor(np.asarray(found[train_name].labels)))
     notes = list(said)
     cache = None if settings.no_cache else default_cache()
+    count = sum(len(found[name]) for name in {train_name, test_name})
+    of = given.asking(
+        model, batch=settings.batch, pictures=count, reading=settings.reading, preprocess=model.preprocess
+    )
     tables = {
         name: extract(
             model,
@@ -91,11 +95,13 @@ def run(settings: Settings) -> int:
             model.preprocess,
             reading=settings.reading,
             device=device,
-            precision=given.precision,
+            precision="fp32" if of else given.autocast,
             batch=settings.batch,
             workers=settings.workers,
             cache=cache,
             progress=True,
+            of=of,
+            mark=f"{of.name} {of.precision}" if of else "",
         )
         for name in dict.fromkeys((train_name, test_name))
     }
@@ -123,6 +129,9 @@ def run(settings: Settings) -> int:
         result = {
             "weights": str(settings.weights),
             "data": settings.data,
+            "engine": of.name if of else "eager",
+            "precision": of.precision if of else given.autocast,
+            "merge": given.merge,
             "method": settings.method,
             **{name.replace(" ", "_"): value for name, value in said_of.items()},
             "reading": features.resolved(model, settings.reading),

@@ -97,7 +97,7 @@ def run(settings: Settings) -> int:
     protocol = Protocol("linear")
     if settings.method == "finetune":
         protocol = Protocol("finetune", settings.steps, settings.batch, settings.size, settings.rate)
-    protocol = replace(protocol, precision=settings.checkpoint.precision)
+    protocol = replace(protocol, precision=settings.checkpoint.eager("vtab"))
     seeds = settings.seeds or (3 if settings.method == "finetune" else 1)
     check(protocol, seeds)
     benchmark = Benchmark(

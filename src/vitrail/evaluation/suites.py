@@ -12,7 +12,7 @@ processes.
   files that come with ObjectNet say it is the object.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import nn
+from torch import Tensor, nn
 
 from vitrail.core.device import Precision
 from vitrail.core.errors import UserError
@@ -76,10 +76,17 @@ class Suite:
     notes: tuple[str, ...] = ()
 
     def measure(
-        self, model: nn.Module, loader: PictureLoader, *, device: torch.device, precision: Precision = "fp32"
+        self,
+        model: nn.Module,
+        loader: PictureLoader,
+        *,
+        device: torch.device,
+        precision: Precision = "fp32",
+        of: Callable[[Tensor], Tensor] | None = None,
     ) -> Tally:
-        """The pictures of a loader of this source, all processes' shares together; each gets the whole."""
-        predictions = predict(model, loader, device=device, precision=precision, progress=True)
+        """The pictures of a loader of this source, all processes' shares together; each gets the whole. `of` as of
+        `predict`."""
+        predictions = predict(model, loader, device=device, precision=precision, progress=True, of=of)
         own = tally(self._counted(predictions), len(self.source.classes), self.source)
         return merge(gather_objects(own))
 

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.core import ranks
 from vitrail.core.device import Precision, cores
@@ -148,12 +148,16 @@ def extract(
     workers: int = -1,
     cache: Path | None = None,
     progress: bool = False,
+    of: Callable[[Tensor], Tensor] | None = None,
+    mark: str = "",
 ) -> FeatureTable:
     """The vectors of all pictures of `source`, each computed once if there is a cache.
 
     model: already on `device`. preprocess: of the pictures; the model's own is not consulted.
     batch: pictures at a time, in all processes together; no result depends on it beyond rounding.
     workers: processes that decode; -1: one a core, or none where a single batch is to be read.
+    of: an engine that reads uint8 pixels in place of the model, with the same preprocessing and reading; mark: what its
+        features are told apart by in the cache.
     cache: a folder that gets a folder named by the key; None keeps nothing. One that cannot be written is said on standard
         error, and nothing is kept.
 
@@ -162,7 +166,7 @@ def extract(
     """
     device = torch.device(device)
     read = reader(model, reading)
-    folder = None if cache is None else cache / key(model, source, preprocess, reading, precision)
+    folder = None if cache is None else cache / key(model, source, preprocess, reading, precision, mark)
     found = ranks.by_first(lambda: [] if folder is None else recall(folder, len(source)))
     missing = np.setdiff1d(np.arange(len(source)), np.concatenate([np.zeros(0, int), *(rows.index for rows in found)]))
     problems: dict[int, str] = {}
@@ -176,7 +180,7 @@ def extract(
         )
 
         def ask(pixels: Tensor) -> Tensor:
-            return read(preprocess.normalize(pixels))
+            return read(preprocess.normalize(pixels)) if of is None else of(pixels)
 
         fresh: list[Rows] = []
         kept, last = 0, time.monotonic()
@@ -223,14 +227,22 @@ def weights_hash(model: Model) -> str:
     return seen.hexdigest()
 
 
-def key(model: Model, source: Source, preprocess: Preprocess, reading: Reading, precision: Precision) -> str:
+def merging(model: nn.Module) -> int:
+    """The tokens that a model merges in each block; it is neither in its config nor in its tensors."""
+    return int(getattr(model.backbone if isinstance(model, Classifier) else model, "merge", 0))
+
+
+def key(
+    model: Model, source: Source, preprocess: Preprocess, reading: Reading, precision: Precision, mark: str = ""
+) -> str:
     """What the features of these pictures are kept under; hex digits.
 
     A source's fingerprint knows names and sizes of picture files; the times of their last change are added here, so that
     a picture that was painted over is not taken for the old one.
     """
     parts = [FORMAT, weights_hash(model), source.fingerprint, to_json(preprocess), resolved(model, reading), reading]
-    seen = hashlib.sha256(json.dumps([*parts, precision], sort_keys=True).encode())
+    how = [precision, *([merging(model), mark] if merging(model) or mark else [])]
+    seen = hashlib.sha256(json.dumps([*parts, *how], sort_keys=True).encode())
     for place in range(len(source)):
         picture = source[place].picture
         if not isinstance(picture, Path):

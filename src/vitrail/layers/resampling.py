@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitrail.core.types import Resampling
+from vitrail.layers.resampling_formula import resampling_formula
 
 Arguments = TypeVarTuple("Arguments")
 
@@ -43,6 +44,9 @@ def resample_grid(
     Differentiable; computed in fp32 under autocast too.
     """
     y, x, _ = grid.shape
+    if isinstance(size[0], torch.SymInt) or isinstance(size[1], torch.SymInt):  # a graph for any size is being traced
+        down, across = (resampling_formula(old, new, rule) for old, new in zip((y, x), size, strict=True))
+        return torch.einsum("ry,cx,yxd->rcd", down.to(grid), across.to(grid), grid)
     if (y, x) == size:
         return grid
     with torch.autocast(grid.device.type, enabled=False):

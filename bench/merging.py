@@ -1,0 +1,165 @@
+"""Token merging's curve of accuracy against speed: `python bench/merging.py dinov2s.pt imagenette-small`; --quick tries it.
+
+At equal precision, fp32 by eager PyTorch and int8 by OpenVINO: the model with R patch tokens merged in each block, for
+each R, beside the same without. A linear head is fitted once, to the unmerged fp32 class tokens of the training pictures,
+and never again: what is lost is what a person loses who switches merging on. int8 is calibrated on training pictures.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import measure
+import torch
+from torch import Tensor
+
+from vitrail.benchmark import alternation
+from vitrail.core.types import Source
+from vitrail.core.values import to_json
+from vitrail.data.splits import open_data
+from vitrail.data.transforms import Transform
+from vitrail.evaluation.linear import linear
+from vitrail.inference.engines import Engine, Setup, build, engine_cache
+from vitrail.inference.features import FeatureTable, extract
+from vitrail.inference.graphs import Asked
+from vitrail.inference.quantise import PICTURES, paired, quantise
+from vitrail.models.vit import ViT, merge_tokens, resize_backbone
+from vitrail.weights.load import load_backbone
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("data")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--merge", type=int, nargs="+", default=[2, 4, 8, 12, 16, 20])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=0, help="0: a core each")
+    parser.add_argument("--quick", action="store_true", help="two counts, few pictures and rounds, nothing written")
+    parser.add_argument("--out", type=Path, default=measure.ROOT / "results")
+    settings = parser.parse_args()
+    if settings.quick:
+        settings.merge, settings.rounds = [16], 5
+    splits = open_data(settings.data, validation=0.0)
+    held_out = splits.validation or splits.test
+    assert held_out is not None, "the data need a validation or test split"
+    train: Source = First(splits.train, 100) if settings.quick else splits.train
+    shown: Source = First(held_out, 100) if settings.quick else held_out
+    backbone = load_backbone(settings.weights)
+    assert isinstance(backbone, ViT)
+    backbone.eval()
+    resize_backbone(backbone, (settings.size, settings.size))
+
+    def features(source: Source, of: Engine | None = None) -> FeatureTable:
+        return extract(backbone, source, backbone.preprocess, reading="class", of=of, batch=32, progress=True)
+
+    taught = features(train)
+    head = linear(taught.features, taught.labels, len(train.classes)).head
+
+    def right(found: FeatureTable) -> Tensor:
+        return head(found.features).argmax(1) == found.labels
+
+    calibration = pixels(train, backbone, PICTURES if not settings.quick else 32)
+    some = pixels(shown, backbone, settings.batch)
+    asked = Asked(backbone, "class")
+    engines: dict[tuple[str, int], Engine] = {}
+    hits: dict[tuple[str, int], Tensor] = {}
+    for count in (0, *settings.merge):
+        merge_tokens(backbone, count)
+        hits["fp32", count] = right(features(shown))
+        made = quantise(asked, [calibration], cache=engine_cache(), progress=True)
+        streams = min(settings.batch, settings.threads or torch.get_num_threads())
+        engines["int8", count] = build(
+            asked,
+            Setup("openvino", "int8", streams),
+            batch=settings.batch,
+            size=None,
+            device="cpu",
+            threads=settings.threads,
+            quantised=made,
+        )
+        hits["int8", count] = right(features(shown, engines["int8", count]))
+
+    def eager(count: int) -> None:
+        merge_tokens(backbone, count)
+        with torch.inference_mode():
+            asked(some)
+
+    found = []
+    for precision in ("fp32", "int8"):
+        sides = {
+            count: (lambda count=count: eager(count))
+            if precision == "fp32"
+            else (lambda count=count: engines["int8", count](some))
+            for count in (0, *settings.merge)
+        }
+        named = {str(count): side for count, side in sides.items()}
+        seconds = alternation.alternate(named, rounds=settings.rounds)
+        for count in sides:
+            faster = alternation.ratio(seconds["0"], seconds[str(count)])
+            lost = paired(hits[precision, 0].numpy(), hits[precision, count].numpy())
+            line = {
+                "precision": precision,
+                "merge": count,
+                "tokens_at_the_end": tokens_left(backbone, count),
+                "accuracy": 100 * float(hits[precision, count].float().mean()),
+                "points_lost": {"value": lost.drop, "low": lost.low, "high": lost.high, "count": lost.count},
+                "times_faster": {"value": faster.value, "low": faster.low, "high": faster.high},
+                "pictures_a_second": settings.batch * settings.rounds / sum(seconds[str(count)]),
+            }
+            print(
+                f"{precision} R {count:2}: {line['accuracy']:.2f} %, {lost.drop:+.2f} points lost "
+                f"[{lost.low:+.2f}, {lost.high:+.2f}], {faster.value:.2f} x [{faster.low:.2f}, {faster.high:.2f}]"
+            )
+            found.append(line)
+    cheap = [line for line in found if line["precision"] == "int8" and line["points_lost"]["value"] <= 1.0]
+    best = max(cheap, key=lambda line: line["times_faster"]["value"])
+    print(f"int8 at most 1 point below unmerged: R {best['merge']}, {best['times_faster']['value']:.2f} x (bar 1.4)")
+    if not settings.quick:
+        record = {
+            "weights": settings.weights.name,
+            "data": splits.origin.rsplit("/", 1)[-1],
+            "size": settings.size,
+            "batch": settings.batch,
+            "rounds": settings.rounds,
+            "calibrated_on": calibration.shape[0],
+            "bar": {"times_faster": 1.4, "points_lost": 1.0},
+            "best": to_json(best),
+            "curve": to_json(found),
+        }
+        measure.write("merging", record, settings.out)
+    return 0 if best["times_faster"]["value"] >= 1.4 else 1
+
+
+class First:
+    """Pictures of a source spread evenly over it."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        self.source = source
+        self.places = [place * len(source) // count for place in range(min(count, len(source)))]
+        self.classes, self.fingerprint = source.classes, f"{source.fingerprint} {count}"
+        self.labels = source.labels[self.places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int):  # type: ignore[no-untyped-def]
+        return self.source[self.places[index]]
+
+
+def pixels(source: Source, backbone: ViT, count: int) -> Tensor:
+    """uint8 pictures spread over all classes."""
+    transform, few = Transform(backbone.preprocess), First(source, count)
+    return torch.stack([torch.from_numpy(transform(few[place].picture, None)) for place in range(len(few))])
+
+
+def tokens_left(backbone: ViT, count: int) -> int:
+    left = backbone.config.tokens() - backbone.config.prefixes
+    for _ in range(backbone.depth):
+        left -= min(count, left // 2)
+    return left + backbone.config.prefixes
+
+
+if __name__ == "__main__":
+    sys.exit(main())
