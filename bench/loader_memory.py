@@ -62,8 +62,8 @@ def draw(folder: Path, count: int) -> None:
         small.resize((160, 120), Image.Resampling.BICUBIC).save(place, quality=85)
 
 
-def proportional_memory() -> int:
-    """Bytes of this process and all its descendants."""
+def proportional_memory(process: int = 0) -> int:
+    """Bytes of a process (0: of this one) and all its descendants; of those that end meanwhile, none."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -71,11 +71,14 @@ def proportional_memory() -> int:
         except (FileNotFoundError, ProcessLookupError):
             continue  # ended since it was listed
         children.setdefault(parent, []).append(int(stat.parent.name))
-    total, waiting = 0, [os.getpid()]
+    total, waiting = 0, [process or os.getpid()]
     while waiting:
         process = waiting.pop()
         waiting += children.get(process, [])
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
         total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return total
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from vitrail.commands.predict import Settings, find, run
+from vitrail.commands.reading import Checkpoint
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
 from vitrail.models.classifier import Classifier, ClassifierConfig
@@ -121,7 +122,7 @@ def test_ways_of_naming_pictures(pictures: Path) -> None:
     assert problems == []
     (pictures / "bare").mkdir()
     samples, problems = find([str(pictures / "bare")])
-    assert samples == []
+    assert len(samples) == 0
     assert [problem.problem for problem in problems] == [
         f"{pictures / 'bare'} holds no pictures; give a folder that does."
     ]
@@ -174,11 +175,11 @@ def test_without_labels_classes_are_numbers(tmp_path: Path, pictures: Path, caps
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [
-        ({"json": True, "csv": True}, "--json and --csv"),
+        ({"json": True, "csv": True}, "--json, --csv and --out"),
         ({"top": 0}, "--top is 0"),
         ({"batch": 0}, "--batch is 0"),
         ({"pictures": ()}, "no pictures were named"),
-        ({"device": "nonsense"}, "--device nonsense"),
+        ({"checkpoint": Checkpoint(device="nonsense")}, "--device nonsense"),
     ],
 )
 def test_settings_that_make_no_sense(weights: Path, settings: dict[str, object], flag: str) -> None:

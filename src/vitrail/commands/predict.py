@@ -1,33 +1,34 @@
 """`vitrail predict W PICTURE...`: what the model sees in pictures.
 
-Nothing is lost to a bad picture: it is named on standard error, the others are answered, and the exit code is 2.
+Nothing is lost to a bad picture: it is named on standard error, the others are answered, and the exit code is 2. With
+--out, nothing is lost to the end of the process either: the same command goes on from what is in the file.
 """
 
 import csv
 import glob
 import json
+import os
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
-import torch
 import tyro
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from vitrail.core.device import Precision, cores, pick_device
+from vitrail.commands.reading import Checkpoint
 from vitrail.core.errors import UserError
 from vitrail.core.types import Sample
+from vitrail.core.values import to_json
 from vitrail.data.folders import walk
-from vitrail.data.loader import Order, PictureLoader
-from vitrail.data.sources import digest
-from vitrail.data.transforms import Transform
-from vitrail.inference.predict import BROKEN, broken, predict
-from vitrail.weights.load import load
+from vitrail.data.sources import Packed, digest, place
+from vitrail.inference.answers import Answer, Answers, entry, kind_of, printable
+from vitrail.inference.engines import Engine
+from vitrail.inference.stream import stream
+from vitrail.models.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Settings:
     """Print one JSON array, a picture an entry."""
     csv: bool = False
     """Print CSV: picture, rank, class, probability."""
+    out: Path | None = None
+    """Write the answers to this file as they come: .jsonl, .csv or .parquet. The same command goes on with it after
+    whatever ended it. For many pictures: printed answers are all held until the end."""
     sort_into: Path | None = None
     """Copy each picture into a folder of its class in this one, or into "unsure"; needs a run of `vitrail fit`."""
     promise: float = 0.95
@@ -52,23 +56,41 @@ class Settings:
     """Pictures looked at together."""
     workers: int = -1
     """Processes that decode pictures; -1: one a core, or none where there is a single batch."""
-    device: str = ""
-    """cpu, cuda, cuda:1, mps; none: the fastest there is."""
-    precision: Precision = "fp32"
-    """Of matrix products; bf16 is faster on most GPUs and changes probabilities in the third digit."""
-    heads: int | None = None
-    """Attention heads, for checkpoints of other libraries that cannot say."""
-    grid: tuple[int, int] | None = None
-    """Rows and columns of the position table, likewise."""
-    preprocess: str = ""
-    """Preprocessing, where the checkpoint does not state it: as imagenet,bicubic,resize=256,size=224."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
+class Files(Sequence[Sample]):
+    """Picture files, made into samples when they are asked for: the names of ten thousand take a megabyte.
+
+    files: in order; bytes are a picture from standard input.
+    """
+
+    def __init__(self, files: Sequence[Path | bytes]) -> None:
+        self.given = {number: file for number, file in enumerate(files) if isinstance(file, bytes)}
+        self.names = Packed.of(b"" if isinstance(file, bytes) else os.fsencode(file) for file in files)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = place(index, len(self))
+        if number in self.given:
+            return Sample("standard input", self.given[number])
+        file = Path(os.fsdecode(self.names[number]))
+        return Sample(str(file), file)
 
 
 @dataclass(frozen=True)
 class Pictures:
     """A source of pictures of which nothing is known."""
 
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     classes: tuple[str, ...] = ()
 
     @property
@@ -86,26 +108,61 @@ class Pictures:
         return self.samples[index]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The likeliest classes of a picture and their probabilities, the likeliest first; or why there are none."""
+class Names(Sequence[str]):
+    """What the answers are called: the pictures, then what was named in vain."""
 
-    picture: str
-    classes: tuple[tuple[str, float], ...] = ()
-    problem: str | None = None
+    def __init__(self, samples: Files, problems: Sequence[Answer]) -> None:
+        self.samples, self.problems = samples, problems
+
+    def __len__(self) -> int:
+        return len(self.samples) + len(self.problems)
+
+    def __getitem__(self, index: Any) -> Any:
+        known = len(self.samples)
+        return self.samples[index].name if index < known else self.problems[index - known].picture
+
+
+class Printed:
+    """Answers that are held for standard output, and printed at the end."""
+
+    done, note = 0, ""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.answers: list[Answer] = []
+
+    @property
+    def lost(self) -> int:
+        return sum(answer.problem is not None for answer in self.answers)
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        self.answers += answers
+
+    def __enter__(self) -> "Printed":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        good = [answer for answer in self.answers if answer.problem is None]
+        if kind is not None:
+            return
+        if self.settings.json:
+            print(json.dumps([entry(answer) for answer in self.answers], indent=1, ensure_ascii=False))
+        elif self.settings.csv:
+            write_csv(good)
+        elif self.settings.sort_into is None:
+            write_table(good)
 
 
 def run(settings: Settings) -> int:
     """0, or 2 if a picture could not be read. Raises UserError where nothing could be done at all."""
-    if settings.json and settings.csv:
-        raise UserError("--json and --csv exclude each other; give one of them.")
+    if settings.json + settings.csv + (settings.out is not None) > 1:
+        raise UserError("--json, --csv and --out exclude each other; give one of them.")
     for flag, value in (("--top", settings.top), ("--batch", settings.batch)):
         if value < 1:
             raise UserError(f"{flag} is {value}; give at least 1.")
-    device = pick_device(settings.device or None)
-    model = load(
-        str(settings.weights), heads=settings.heads, grid=settings.grid, preprocess=settings.preprocess or None
-    ).to(device)
+    if settings.out is not None:
+        kind_of(settings.out)
+    model = settings.checkpoint.classifier(settings.weights)
     labels = model.labels or tuple(str(number) for number in range(model.config.classes))
     order = None
     if settings.sort_into is not None:
@@ -114,60 +171,94 @@ def run(settings: Settings) -> int:
         order = sorter(settings.sort_into, settings.weights, settings.pictures, labels, settings.promise)
     samples, problems = find(settings.pictures)
     for problem in problems:
-        print(f"left out: {problem.problem}", file=sys.stderr, flush=True)
-    source = Pictures(tuple(samples))
-    workers = settings.workers if settings.workers >= 0 else cores() if len(source) > settings.batch else 0
-    loader = PictureLoader(
-        source,
-        Transform(model.preprocess),
-        Order(len(source), min(settings.batch, max(len(source), 1)), len(source), shuffle=False),
-        workers=workers,
-    )
-    answers: dict[int, Answer] = {}
-    for found in predict(model, loader, device=device, precision=settings.precision, progress=True):
-        lost = broken(found.logits)
-        top = torch.softmax(found.logits.double(), 1).topk(min(settings.top, len(labels)))
-        for row, index in enumerate(found.index.tolist()):
-            name = source[index].name
-            if row in lost:
-                print(f"left out: {name}: {BROKEN}", file=sys.stderr, flush=True)
-                answers[index] = Answer(name, problem=f"{name}: {BROKEN}")
-                continue
-            likeliest = zip(top.indices[row].tolist(), top.values[row].tolist(), strict=True)
-            answers[index] = Answer(name, tuple((labels[label], probability) for label, probability in likeliest))
-    for index, why in loader.problems.items():
-        answers[index] = Answer(source[index].name, problem=why)
-    everything = [answers[index] for index in sorted(answers)] + problems
-    good = [answer for answer in everything if answer.problem is None]
+        complain(f"left out: {problem.problem}")
+    count = len(samples)
+    given = settings.checkpoint
+    engine = given.asking(model, batch=max(1, min(settings.batch, count)), pictures=count)
+    placed: Counter[tuple[str, bool]] = Counter()
+    with target(settings, model, engine, Names(samples, problems)) as out:
+        before, begun = out.done, time.monotonic()
+        if out.note:
+            complain(out.note)
+        try:
+            for answers in stream(
+                *(model, Pictures(samples), model.preprocess, labels),
+                device=given.on(),
+                precision="fp32" if engine else given.autocast,
+                of=engine,
+                top=settings.top,
+                batch=settings.batch,
+                workers=settings.workers,
+                start=min(before, count),
+                lost=lambda why: complain(f"left out: {why}"),
+                progress=True,
+            ):
+                if order is not None:
+                    placed.update(order.place(Path(a.picture), *a.classes[0]) for a in answers if a.problem is None)
+                out.add(answers)
+            out.add(problems[max(0, before - count) :])
+        except KeyboardInterrupt:
+            if settings.out is not None:
+                complain(
+                    f"{out.done:,} of {count:,} pictures are in {settings.out}; the same command goes on from there."
+                )
+            raise
+    everything = count + len(problems)
     if order is not None:
-        placed = [order.place(Path(answer.picture), *answer.classes[0]) for answer in good]
-        stream = sys.stderr if settings.json or settings.csv else sys.stdout
         for line in order.said(placed):
-            print(printable(line), file=stream)
-    if settings.json:
-        print(json.dumps([entry(answer) for answer in everything], indent=1, ensure_ascii=False))
-    elif settings.csv:
-        write_csv(good)
-    elif order is None:
-        write_table(good)
-    if len(good) < len(everything):
-        print(f"{len(everything) - len(good)} of {len(everything)} could not be read.", file=sys.stderr)
-    return 0 if len(good) == len(everything) else 2
+            print(printable(line), file=sys.stderr if settings.json or settings.csv else sys.stdout)
+    if settings.out is not None:
+        complain(summary(settings.out, before, everything, time.monotonic() - begun))
+    if out.lost:
+        complain(f"{out.lost:,} of {everything:,} could not be read.")
+    return 2 if out.lost else 0
 
 
-def find(names: Iterable[str]) -> tuple[list[Sample], list[Answer]]:
+def target(settings: Settings, model: Classifier, engine: Engine | None, names: Sequence[str]) -> Answers | Printed:
+    """Where the answers go."""
+    if settings.out is None:
+        return Printed(settings)
+    from vitrail.inference.features import weights_hash
+
+    given = settings.checkpoint
+    made = {
+        "model": digest([weights_hash(model), *model.labels, json.dumps(to_json(model.preprocess))]),
+        "top": min(settings.top, model.config.classes),
+        "batch": settings.batch,
+        "engine": engine.name if engine else "eager",
+        "precision": engine.precision if engine else given.autocast,
+        "merge": given.merge,
+        "calibrate": given.calibrate if given.precision == "int8" else "",
+        "device": given.on().type,
+    }
+    return kind_of(settings.out)(settings.out, made, names)
+
+
+def summary(out: Path, before: int, everything: int, seconds: float) -> str:
+    new = everything - before
+    if not new:
+        return f"{out} has all {everything:,} answers already."
+    old = f"; {before:,} were there already" if before else ""
+    return f"{out}: {new:,} pictures in {seconds:,.1f} s ({new / max(seconds, 1e-9):,.1f} a second){old}."
+
+
+def complain(sentence: str) -> None:
+    print(printable(sentence), file=sys.stderr, flush=True)
+
+
+def find(names: Iterable[str]) -> tuple[Files, list[Answer]]:
     """The pictures that the command line names, in its order, and what it names in vain.
 
     Raises UserError where it names nothing.
     """
-    samples: list[Sample] = []
+    found: list[Path | bytes] = []
     problems: list[Answer] = []
     names = list(names)
     if not names:
         raise UserError("no pictures were named; give files, folders, patterns, or - for standard input.")
     for name in names:
         if name == "-":
-            samples.append(Sample("standard input", sys.stdin.buffer.read()))
+            found.append(sys.stdin.buffer.read())
             continue
         files = [Path(name)] if Path(name).exists() else sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207, a pattern may be absolute
         if not files:
@@ -180,15 +271,8 @@ def find(names: Iterable[str]) -> tuple[list[Sample], list[Answer]]:
                 continue
             if not inside:
                 problems.append(Answer(str(file), problem=f"{file} holds no pictures; give a folder that does."))
-            samples += [Sample(str(path), path) for path in inside]
-    return samples, problems
-
-
-def entry(answer: Answer) -> dict[str, Any]:
-    if answer.problem is not None:
-        return {"picture": printable(answer.picture), "reason": printable(answer.problem)}
-    predictions = [{"class": name, "probability": probability} for name, probability in answer.classes]
-    return {"picture": printable(answer.picture), "predictions": predictions}
+            found += inside
+    return Files(found), problems
 
 
 def write_csv(answers: Iterable[Answer]) -> None:
@@ -200,20 +284,19 @@ def write_csv(answers: Iterable[Answer]) -> None:
 
 
 def write_table(answers: Iterable[Answer]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False)
     # A name cut short could be another file's, so long ones run on in the next line.
     table.add_column("picture", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column("probability", justify="right", no_wrap=True)
     for answer in answers:
-        for place, (name, probability) in enumerate(answer.classes):
-            picture = Text(printable(answer.picture) if place == 0 else "")
-            style = "" if place == 0 else "dim"
+        for rank, (name, probability) in enumerate(answer.classes):
+            picture = Text(printable(answer.picture) if rank == 0 else "")
+            style = "" if rank == 0 else "dim"
             table.add_row(picture, Text(name, style), Text(f"{100 * probability:.2f} %", style))
     if table.rows:
         Console().print(table)
-
-
-def printable(name: str) -> str:
-    """File names need not be valid UTF-8; what is printed must be."""
-    return name.encode("utf-8", "backslashreplace").decode()

@@ -8,7 +8,7 @@ import filecmp
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,12 @@ class Sorter:
         folder = self.folders[label] if probability >= self.trusted.confidence else self.unsure
         return folder, copy(picture, self.into / folder)
 
-    def said(self, placed: Iterable[tuple[str, bool]]) -> list[str]:
-        """What was done, for people."""
-        placed = list(placed)
-        counts = Counter(folder for folder, _ in placed)
-        there, trusted = sum(not fresh for _, fresh in placed), self.trusted
+    def said(self, placed: "Counter[tuple[str, bool]]") -> list[str]:
+        """What was done, for people. placed: how often `place` gave what."""
+        counts: Counter[str] = Counter()
+        for (folder, _), count in placed.items():
+            counts[folder] += count
+        there, trusted = sum(count for (_, fresh), count in placed.items() if not fresh), self.trusted
         promise = f"{100 * self.promise:g} %"
         first = (
             f"sure from a confidence of {trusted.confidence:.3f} on: {100 * trusted.accuracy:.1f} % of the "
@@ -51,7 +52,7 @@ class Sorter:
         names = [*self.folders.values(), self.unsure]
         lines = [f"  {name}: {counts[name]:,}" for name in names if counts[name]]
         again = f" ({there:,} were there already)" if there else ""
-        return [first, *lines, f"copied {len(placed) - there:,} pictures into {self.into}{again}."]
+        return [first, *lines, f"copied {placed.total() - there:,} pictures into {self.into}{again}."]
 
 
 def sorter(into: Path, weights: Path, inputs: Sequence[str], labels: Sequence[str], promise: float) -> Sorter:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -135,11 +135,12 @@ def _collate(rows: list[_Row]) -> tuple[Batch, dict[int, str]]:
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
 
-def _stand_apart(_worker: int) -> None:
+def _stand_apart(_worker: int, niceness: int = 0) -> None:
     """A worker leaves the training's process group: a Ctrl-C or SIGTERM to the group is for the training to act on, which
     still needs its workers until the step is done."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+        os.nice(niceness)
 
 
 def _workers_started(loader: "DataLoader[Any]") -> Iterator[Any]:
@@ -162,6 +163,8 @@ class PictureLoader:
     """This process's share of an `Order`, as batches of uint8 pixels.
 
     workers: processes that decode beside the training; 0 decodes in this one.
+    ahead: batches that each worker prepares before they are asked for; what waits in memory is bounded by them.
+    niceness: by how much the workers give way to other processes, the model's among them; 0 to 19 as of `nice`.
     hold: keep all prepared pixels in memory, where the transform draws nothing at random and they take at most a quarter
         of what is free. Small pictures then cost nothing after the first pass.
     strict: the first unreadable picture is an error.
@@ -176,6 +179,8 @@ class PictureLoader:
     hold: bool = False
     strict: bool = False
     start_method: StartMethod | None = None
+    ahead: int = 4
+    niceness: int = 0
     problems: dict[int, str] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
     _held: torch.Tensor | None = field(default=None, repr=False)
@@ -221,8 +226,8 @@ class PictureLoader:
             num_workers=workers,
             collate_fn=_collate,
             multiprocessing_context=multiprocessing.get_context(method) if workers else None,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_stand_apart if workers else None,
+            prefetch_factor=self.ahead if workers else None,
+            worker_init_fn=partial(_stand_apart, niceness=self.niceness) if workers else None,
             generator=torch.Generator(),  # else the loader takes its base seed from the global generator
         )
         batches = _workers_started(loader) if workers else iter(loader)
@@ -236,7 +241,7 @@ class PictureLoader:
                     raise
                 raise UserError(
                     "A data worker died (most often because the machine, or its shared memory, ran out of memory); give "
-                    "a smaller --workers and continue with --resume."
+                    "a smaller --workers and continue."
                 ) from error
             self._note(problems)
             yield batch
