@@ -1,9 +1,13 @@
-"""`vitrail bench data`: how many training pictures one core prepares, beside the pipeline most people write.
+"""`vitrail bench data`: how many training pictures a core prepares, beside the pipelines of torchvision's and timm's users.
 
-Unusual: both sides take the same crops of the same pictures in turns, block by block, and are timed by the processor
-time they use, so that other programs on the machine disturb the ratio little. Ours ends at uint8 pixels, because
-normalising is the device's work here (`Preprocess.normalize`); the plain pipeline ends at normalised floats, because
-that is what it hands on.
+Unusual: all sides take the same crops of the same pictures in turns, block by block, and are timed by the processor time
+they use, so that other programs disturb the ratios little. Theirs are their own steps, done with Pillow and torch:
+
+- torchvision: open, RGB, crop and resize (bilinear, its RandomResizedCrop's default), flip, ToTensor, Normalize, and a
+  float batch by default_collate.
+- timm: the same with bicubic, to uint8 and its fast_collate, as its `create_loader` has it; it normalises on the device.
+
+Ours ends, with the filter of the side it is compared with, at a uint8 batch, flipped, to be normalised on the device.
 """
 
 import json
@@ -16,7 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from vitrail.core.device import Precision
+
 BLOCK = 16
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AGAINST = {"torchvision": "bilinear", "timm": "bicubic"}
 
 
 @dataclass(frozen=True)
@@ -24,83 +32,148 @@ class Settings:
     data: str
     """Pictures: a folder, CSV, parquet or anything else that --data of train takes."""
 
+    packed: str = ""
+    """What vitrail pack made of the same pictures, to be measured beside them."""
+
+    model: str = ""
+    """A model by name, such as ViT-S/16: measure its training step too, and say whether input holds it up."""
+
     size: int = 224
     """Side of the square that the model is given, in pixels."""
 
     seconds: float = 10.0
-    """How long to measure."""
+    """How long to measure each part."""
 
     pictures: int = 256
     """How many pictures to take, at random; they are read once before the clock starts, so the disk is not measured."""
+
+    batch: int = 32
+    """Pictures a training step, with --model."""
+
+    workers: int | None = None
+    """Processes that prepare pictures beside the training, with --model; one a core when not given."""
+
+    precision: Precision = "bf16"
+    """Of the training step, with --model."""
+
+    device: str | None = None
+    """Where the model trains, with --model; the fastest there is when not given."""
 
     json: bool = False
     """Print JSON instead of sentences."""
 
 
 def run(settings: Settings) -> int:
-    """Measures pictures per core-second of both pipelines and prints them with their ratio; returns the exit code."""
+    """Measures pictures per core-second of these pipelines and prints them with their ratios; returns the exit code."""
     import torch
 
+    from vitrail.benchmark.machine import Others
     from vitrail.core.errors import UserError
-    from vitrail.core.types import Preprocess
-    from vitrail.data.decode import UnreadablePicture
     from vitrail.data.splits import open_data
-    from vitrail.data.transforms import Transform
 
-    if min(settings.size, settings.pictures) < 1 or settings.seconds <= 0:
-        raise UserError("--size, --pictures and --seconds must be above 0.")
+    if min(settings.size, settings.pictures, settings.batch) < 1 or settings.seconds <= 0:
+        raise UserError("--size, --pictures, --batch and --seconds must be above 0.")
+    if settings.workers is not None and settings.workers < 0:
+        raise UserError(f"--workers is {settings.workers}: give 0 for none, or more.")
     source = open_data(settings.data, validation=0.0).train
-    transform = Transform(Preprocess((settings.size, settings.size)), "inception")
-    chosen = np.random.default_rng(0).permutation(len(source))[: settings.pictures]
-    samples, unreadable = [], 0
-    for sample in (source[int(index)] for index in chosen):
-        try:
-            transform(sample.picture, np.random.default_rng(0), sample.name)
-            samples.append(sample)
-        except UnreadablePicture:
-            unreadable += 1
-    if not samples:
-        raise UserError(f"--data {settings.data}: none of the {len(chosen)} pictures tried can be read.")
-
-    def ours(number: int) -> Any:
-        sample = samples[number % len(samples)]
-        return transform(sample.picture, np.random.default_rng(number), sample.name)
-
-    def plain(number: int) -> Any:
-        return plain_pipeline(samples[number % len(samples)].picture, transform, np.random.default_rng(number))
-
-    plain(0)  # what is imported on first use is not measured
-    threads = torch.get_num_threads()
+    packed = open_data(settings.packed, validation=0.0).train if settings.packed else None
+    chosen, unreadable = readable(source, packed, settings)
+    if not len(chosen):
+        raise UserError(f"--data {settings.data}: none of the {unreadable} pictures tried can be read.")
+    others, threads = Others(), torch.get_num_threads()
     torch.set_num_threads(1)  # as in a data worker
-    times: list[tuple[float, float]] = []
-    end = time.monotonic() + settings.seconds
-    while time.monotonic() < end or len(times) < 2:
-        first = len(times) * BLOCK
-        if len(times) % 2:
-            slow = block(plain, first)
-            times.append((block(ours, first), slow))
-        else:
-            times.append((block(ours, first), block(plain, first)))
+    times = measure(sides(source, packed, chosen, settings.size), settings.seconds)
     torch.set_num_threads(threads)
-    result = summary(np.array(times))
-    shown = {"data": settings.data, "size": settings.size, "pictures": len(samples), "unreadable": unreadable, **result}
-    if settings.json:
-        print(json.dumps(shown, indent=2))
-        return 0
-    print(
-        f"Inception crops to {settings.size} pixels, pictures per core-second, medians of {result['blocks']} blocks of "
-        f"{BLOCK}:\n  Vitrail       {result['ours']:8.1f}   (uint8, normalised later on the device)\n"
-        f"  plain Pillow  {result['plain']:8.1f}   (open, convert, crop, resize, normalise)\n"
-        f"  ratio         {result['ratio']:8.2f}   (95 % interval {result['low']:.2f} to {result['high']:.2f})"
-    )
-    if unreadable:
-        print(f"{unreadable} of {len(chosen)} pictures cannot be read and were left out.")
+    result: dict[str, Any] = {
+        **{"data": settings.data, "size": settings.size, "pictures": len(chosen), "unreadable": unreadable},
+        **summary(times),
+    }
+    if settings.model:
+        result["training"] = training(source, settings, "vitrail bilinear", result["rates"])
+        if packed is not None:
+            result["training, packed"] = training(packed, settings, "packed bilinear", result["rates"])
+    result["machine"] = others.result()
+    print(json.dumps(result, indent=2) if settings.json else "\n".join(sentences(result)))
     return 0
 
 
-def plain_pipeline(picture: Any, transform: Any, rng: np.random.Generator) -> Any:
-    """Open, convert, crop, resize, scale, normalise: the calls of Pillow and torch that torchvision's loader,
-    RandomResizedCrop, ToTensor and Normalize come down to. The crop is the one that `transform` would draw."""
+def readable(source: Any, packed: Any, settings: Settings) -> tuple[np.ndarray, int]:
+    """Places of pictures to measure, each read once; and how many could not be. Raises UserError where the packed
+    pictures are others."""
+    from vitrail.core.errors import UserError
+    from vitrail.data.decode import UnreadablePicture, decode
+    from vitrail.data.sources import key
+
+    chosen = np.random.default_rng(0).permutation(len(source))[: settings.pictures]
+    if packed is not None and (
+        len(packed) != len(source) or any(key(packed, int(at)) != key(source, int(at)) for at in chosen)
+    ):
+        raise UserError(
+            f"--packed {settings.packed} holds other pictures than --data {settings.data}: give what vitrail pack made of "
+            "these."
+        )
+    kept = []
+    for at in chosen.tolist():
+        try:
+            for each in (source, packed):
+                if each is not None:
+                    decode(each[at].picture, 3)
+            kept.append(at)
+        except UnreadablePicture:
+            continue
+    return np.array(kept, np.int64), len(chosen) - len(kept)
+
+
+def sides(source: Any, packed: Any, chosen: np.ndarray, size: int) -> dict[str, Callable[[int], Any]]:
+    """What is measured: each makes the batch of a number, of BLOCK pictures, each batch of other pictures and crops."""
+    import torch
+
+    from vitrail.core.types import Preprocess
+    from vitrail.data.augment import flip
+    from vitrail.data.transforms import Transform
+
+    def ours(origin: Any, interpolation: Any) -> Callable[[int], Any]:
+        transform = Transform(Preprocess((size, size), None, interpolation, MEAN, DEVIATION), "inception")
+
+        def batch(number: int) -> Any:
+            pixels = []
+            for place, at in places(number):
+                sample = origin[at]
+                pixels.append(transform(sample.picture, np.random.default_rng(place), sample.name))
+            return flip(torch.from_numpy(np.stack(pixels)), np.random.default_rng(number))
+
+        return batch
+
+    def places(number: int) -> list[tuple[int, int]]:
+        return [(place, int(chosen[place % len(chosen)])) for place in range(number * BLOCK, (number + 1) * BLOCK)]
+
+    def plain(library: str) -> Callable[[int], Any]:
+        transform = Transform(Preprocess((size, size), None, "bilinear", MEAN, DEVIATION), "inception")
+
+        def batch(number: int) -> Any:
+            prepared = [
+                plain_pipeline(source[at].picture, transform, np.random.default_rng(place), library)
+                for place, at in places(number)
+            ]
+            if library == "torchvision":
+                return torch.stack(prepared)
+            together = torch.zeros((len(prepared), *prepared[0].shape), dtype=torch.uint8)
+            for place, pixels in enumerate(prepared):
+                together[place] += torch.from_numpy(pixels)
+            return together
+
+        return batch
+
+    found: dict[str, Callable[[int], Any]] = {library: plain(library) for library in AGAINST}
+    for interpolation in AGAINST.values():
+        found[f"vitrail {interpolation}"] = ours(source, interpolation)
+        if packed is not None:
+            found[f"packed {interpolation}"] = ours(packed, interpolation)
+    return found
+
+
+def plain_pipeline(picture: Any, transform: Any, rng: np.random.Generator, library: str) -> Any:
+    """One picture, the way of torchvision's or timm's users; the crop is the one that `transform` would draw."""
     import torch
     from PIL import Image
 
@@ -110,28 +183,140 @@ def plain_pipeline(picture: Any, transform: Any, rng: np.random.Generator) -> An
         image = Image.open(picture if isinstance(picture, Path) else BytesIO(picture))
     image = image.convert("RGB")
     box = transform._inception_crop((image.height, image.width), rng)
-    height, width = transform.preprocess.size
-    small = image.crop(box).resize((width, height), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous().float().div(255)
-    mean, deviation = (torch.tensor(each).view(-1, 1, 1) for each in ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
-    return pixels.sub_(mean).div_(deviation)
+    kernel = Image.Resampling.BICUBIC if AGAINST[library] == "bicubic" else Image.Resampling.BILINEAR
+    small = image.crop(box).resize(transform.preprocess.size[::-1], kernel)
+    if rng.random() < 0.5:
+        small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.array(small, np.uint8, copy=True)
+    if library == "timm":
+        return np.rollaxis(pixels, 2)
+    floats = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32).div(255).clone()
+    mean, deviation = (torch.as_tensor(each).view(-1, 1, 1) for each in (MEAN, DEVIATION))
+    return floats.sub_(mean).div_(deviation)
 
 
-def block(pipeline: Callable[[int], Any], first: int) -> float:
-    """Processor seconds of this process for the next `BLOCK` pictures."""
-    start = time.process_time()
-    for number in range(first, first + BLOCK):
-        pipeline(number)
-    return max(time.process_time() - start, 1e-9)
+def measure(found: dict[str, Callable[[int], Any]], seconds: float) -> dict[str, np.ndarray]:
+    """Processor seconds of this process for each batch of each side, in turns; the order turns round every time."""
+    for side in found.values():
+        side(0)  # what is imported on first use is not measured
+    times: dict[str, list[float]] = {name: [] for name in found}
+    names, number, end = list(found), 0, time.monotonic() + seconds
+    while time.monotonic() < end or number < 2:
+        for name in names:
+            begun = time.process_time()
+            found[name](number)
+            times[name].append(max(time.process_time() - begun, 1e-9))
+        names, number = names[::-1], number + 1
+    return {name: np.array(taken) for name, taken in times.items()}
 
 
-def summary(times: np.ndarray) -> dict[str, float | int]:
-    """times: (blocks, 2) seconds, ours and plain. Medians, and the ratio of the pipelines' whole times with its 95 %
-    interval by bootstrap over blocks, whose two halves saw the same pictures."""
-    ours, plain = BLOCK / np.median(times, axis=0)
-    drawn = np.random.default_rng(0).integers(len(times), size=(2000, len(times)))
-    again = times[drawn].sum(axis=1)
-    low, high = np.quantile(again[:, 1] / again[:, 0], [0.025, 0.975])
-    ratio = times[:, 1].sum() / times[:, 0].sum()
-    rates = {"ours": float(ours), "plain": float(plain), "ratio": float(ratio), "low": float(low), "high": float(high)}
-    return {"blocks": len(times), **rates}
+def summary(times: dict[str, np.ndarray]) -> dict[str, Any]:
+    """rates: pictures per core-second of each side, from medians. ratios: how many times faster ours is than each library
+    with the same filter, from the whole times, with a 95 % interval by bootstrap over the batches, of which every side
+    saw the same."""
+    count = len(next(iter(times.values())))
+    drawn = np.random.default_rng(0).integers(count, size=(2000, count))
+    ratios = {}
+    for library, interpolation in AGAINST.items():
+        for name in (f"vitrail {interpolation}", f"packed {interpolation}"):
+            if name in times:
+                again = times[library][drawn].sum(axis=1) / times[name][drawn].sum(axis=1)
+                low, high = np.quantile(again, [0.025, 0.975]).tolist()
+                value = float(times[library].sum() / times[name].sum())
+                ratios[f"{name} against {library}"] = {"value": value, "low": low, "high": high}
+    rates = {name: float(BLOCK / np.median(taken)) for name, taken in times.items()}
+    return {"batches": count, "rates": rates, "ratios": ratios}
+
+
+def training(source: Any, settings: Settings, side: str, rates: dict[str, float]) -> dict[str, Any]:
+    """The model's training step and the loader, each alone, in pictures a second; and what input costs the training.
+
+    waits: the share of its time that a training would wait for pictures, in [0, 1). Where it trains on the processor, the
+    cores that prepare pictures do not train meanwhile: there `waits` is the share of the cores' time that input takes.
+    """
+    from vitrail.benchmark.training import batch_of, finished, vitrail_step
+    from vitrail.core.device import cores, pick_device
+    from vitrail.weights import zoo
+
+    device, batch = pick_device(settings.device), settings.batch
+    model = zoo.create(settings.model, classes=max(2, len(source.classes)), image=(settings.size, settings.size)).to(
+        device
+    )
+    made = batch_of(model.preprocess, batch, model.config.classes)
+    step = finished(vitrail_step(model, made, device, settings.precision), device)
+    taken: list[float] = []
+    end = time.monotonic() + settings.seconds
+    for _ in range(2):
+        step()  # the first allocates the optimiser's state
+    while time.monotonic() < end or len(taken) < 3:
+        begun = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - begun)
+    steps, workers = batch / float(np.median(taken)), cores() if settings.workers is None else settings.workers
+    fed = loader_rate(source, settings, workers, rates[side])
+    shared = device.type == "cpu"
+    waits = 1 / (1 + cores() * rates[side] / steps) if shared else max(0.0, 1 - fed / steps)
+    return {
+        **{"model": settings.model, "device": device.type, "precision": settings.precision, "batch": batch},
+        **{"step": steps, "input": fed, "workers": workers, "bound": bool(fed < steps), "waits": float(waits)},
+    }
+
+
+def loader_rate(source: Any, settings: Settings, workers: int, rate: float) -> float:
+    """Pictures a second that the training loop's loader hands over, with nothing else to do.
+
+    rate: about what a core prepares, for a stream that lasts as long as asked; it is read to its end.
+    """
+    from vitrail.core.device import cores
+    from vitrail.core.types import Preprocess
+    from vitrail.data.loader import Order, PictureLoader
+    from vitrail.data.transforms import Transform
+
+    first = 2 * max(1, workers)
+    count = max(4, round(settings.seconds * rate * min(max(1, workers), cores()) / settings.batch))
+    transform = Transform(Preprocess((settings.size, settings.size)), "inception")
+    order = Order(len(source), settings.batch, (first + count) * settings.batch, 0)
+    begun = 0.0
+    for number, _ in enumerate(PictureLoader(source, transform, order, workers), 1):
+        if number == first:  # the workers have started, and filled their queues
+            begun = time.perf_counter()
+    return count * settings.batch / (time.perf_counter() - begun)
+
+
+def sentences(result: dict[str, Any]) -> list[str]:
+    """What a person is told."""
+    said = [
+        f"Inception crops to {result['size']} pixels, pictures per core-second, medians of {result['batches']} batches of "
+        f"{BLOCK}:"
+    ]
+    said += [f"  {name:18} {rate:8.1f}" for name, rate in result["rates"].items()]
+    said += [
+        f"{name}: {ratio['value']:.2f} times as fast (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})"
+        for name, ratio in result["ratios"].items()
+    ]
+    said += [_bound(kind, result[kind]) for kind in ("training", "training, packed") if kind in result]
+    if result["unreadable"]:
+        said.append(f"{result['unreadable']} pictures cannot be read and were left out.")
+    from vitrail.benchmark.machine import Others
+
+    if disturbed := Others.sentence(result["machine"]):
+        said.append(disturbed)
+    return said
+
+
+def _bound(kind: str, found: dict[str, Any]) -> str:
+    origin = "packed pictures" if kind.endswith("packed") else "these pictures"
+    against = (
+        f"{found['workers']} workers give {found['input']:.0f} pictures a second, a step takes {found['step']:.0f}"
+    )
+    if found["device"] == "cpu":
+        verdict = "is bound by input" if found["bound"] else "is not bound by input"
+        cost = f"; on the same cores, preparing them takes {found['waits']:.1%} of the time"
+    elif found["bound"]:
+        verdict, cost = "is bound by input", f": it would wait for {found['waits']:.0%} of its time"
+    else:
+        verdict, cost = (
+            "is not bound by input",
+            f": there are {found['input'] / found['step']:.1f} times as many as it takes",
+        )
+    return f"Training {found['model']} on {origin} {verdict}{cost} ({against})."

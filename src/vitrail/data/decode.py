@@ -2,7 +2,8 @@
 
 Unusual: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the caller needs no more, inside libjpeg's inverse
 cosine transform, and only while the reduced picture still has `REDUCED` times the pixels a side that are asked for. A
-file that cannot be read is an `UnreadablePicture` that says what was found; nothing is guessed or half-decoded.
+file that cannot be read is an `UnreadablePicture` that says what was found; nothing is guessed or half-decoded. A
+training crop alone (`Opened.crop`) reads a JPEG no further than to the crop's last row.
 
 What is decided here, for want of a rule in the files themselves:
 - Transparent pixels are laid on white, the page that cut-outs and line drawings are made for; the colours stored under
@@ -20,15 +21,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import IO
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Picture
+from vitrail.data.jpeg import first_rows
 
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels."""
@@ -65,6 +67,19 @@ class UnreadablePicture(UserError):
     """One picture that cannot be read: its name, what was found, what to do."""
 
 
+class Shrunk(np.ndarray):
+    """uint8 pixels of a picture that was made smaller beforehand. It is treated as the picture that it was: crops are
+    drawn, and taken, as of `whole`, its (height, width)."""
+
+    whole: tuple[int, int]
+
+    @classmethod
+    def of(cls, pixels: np.ndarray, whole: tuple[int, int]) -> "Shrunk":
+        shrunk = pixels.view(cls)
+        shrunk.whole = whole
+        return shrunk
+
+
 def decode(picture: Picture, channels: int = 3, at_least: tuple[int, int] | None = None, name: str = "") -> Image.Image:
     """A picture upright, in mode L (1 channel), RGB (3) or RGBA (4).
 
@@ -80,19 +95,56 @@ def decode(picture: Picture, channels: int = 3, at_least: tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Opened:
-    """A picture whose header is read and whose pixels are not: its size is known before it is decoded."""
+    """A picture whose header is read and whose pixels are not: its size is known before it is decoded.
 
-    image: Image.Image
+    image, file: of a picture file; array: (h, w) or (h, w, 3 or 4) uint8, of what is no file.
+    size: (height, width) of the whole picture, upright.
+    """
+
+    image: Image.Image | None
+    file: BufferedReader | BytesIO | None
+    array: np.ndarray | None
     orientation: int
     name: str
     size: tuple[int, int]
-    """(height, width) of the whole picture, upright."""
 
-    def pixels(self, channels: int, at_least: tuple[int, int] | None = None) -> tuple[Image.Image, Box]:
+    def crop(self, box: Box, channels: int, at_least: tuple[int, int]) -> UInt8[np.ndarray, "h w c"] | None:
+        """The pixels of a box of whole pixels, once; read-only perhaps. Of a picture shrunk beforehand, the nearest
+        whole pixels there. None where a JPEG is so large that `pixels` would give it reduced."""
+        left, top, right, bottom = map(int, box)
+        if self.array is not None:
+            if (stored := self.array.shape[:2]) != self.size:
+                across, down = stored[1] / self.size[1], stored[0] / self.size[0]
+                left, top = min(round(left * across), stored[1] - 1), min(round(top * down), stored[0] - 1)
+                right, bottom = max(left + 1, round(right * across)), max(top + 1, round(bottom * down))
+            if self.array.shape[2:] == (channels,):
+                return self.array[top:bottom, left:right]
+            return np.atleast_3d(np.asarray(self.pixels(channels)[0].crop((left, top, right, bottom))))
+        assert self.image is not None
+        assert self.file is not None
+        if self.image.format in ("JPEG", "MPO"):
+            if min(size // math.ceil(REDUCED * wanted) for size, wanted in zip(self.size, at_least, strict=True)) >= 2:
+                return None
+            if (self.image.format, channels, self.orientation) == ("JPEG", 3, 1) and self.image.mode in ("L", "RGB"):
+                with _reading(self.name):
+                    place = self.file.tell()
+                    self.file.seek(0)
+                    rows = first_rows(self.file.read(), bottom)
+                    self.file.seek(place)
+                if rows is not None:
+                    return rows[top:bottom, left:right]
+        return np.atleast_3d(np.asarray(self.pixels(channels)[0].crop((left, top, right, bottom))))
+
+    def pixels(
+        self, channels: int, at_least: tuple[int, int] | None = None, part: Box | None = None
+    ) -> tuple[Image.Image, Box]:
         """The picture as in `decode`, once, and the box in it that the whole picture fills: all of it, except where a
-        reduced JPEG ends in part of a block."""
+        reduced JPEG ends in part of a block, or where `part`, a box of the whole, is all that is needed."""
         if channels not in MODES:
             raise UserError(f"{self.name} is a picture file, which gives 1, 3 or 4 channels, not {channels}")
+        if self.array is not None:
+            return self._array_pixels(channels, at_least, part)
+        assert self.image is not None
         with _reading(self.name):
             wanted = None
             if at_least is not None:
@@ -110,27 +162,44 @@ class Opened:
         left, top = (image.width - width) * against_x, (image.height - height) * against_y
         return image, (left, top, left + width, top + height)
 
+    def _array_pixels(
+        self, channels: int, at_least: tuple[int, int] | None, part: Box | None
+    ) -> tuple[Image.Image, Box]:
+        assert self.array is not None
+        height, width = self.array.shape[:2]
+        left, top, right, bottom = 0, 0, width, height
+        if part is not None and at_least is not None:
+            # With what a filter of Pillow's, at most 3 wide on either side, sees beyond it.
+            across, down = width / self.size[1], height / self.size[0]
+            wide, tall = (1 + 3 * max(1.0, have / want) for have, want in ((width, at_least[1]), (height, at_least[0])))
+            left, right = max(0, int(part[0] * across - wide)), min(width, math.ceil(part[2] * across + wide))
+            top, bottom = max(0, int(part[1] * down - tall)), min(height, math.ceil(part[3] * down + tall))
+        image = Image.fromarray(np.ascontiguousarray(self.array[top:bottom, left:right]))
+        filled = (float(-left), float(-top), float(width - left), float(height - top))
+        return _converted(image, MODES[channels]), filled
+
 
 @contextmanager
 def opened(picture: Picture, name: str = "") -> Iterator[Opened]:
     """Reads a picture's header. Its file is closed at the end of the block. Raises UnreadablePicture."""
     name = name or (str(picture) if isinstance(picture, Path) else "the picture")
     if isinstance(picture, np.ndarray):
-        image: Image.Image = _from_array(picture, name)
-        yield Opened(image, 1, name, (image.height, image.width))
+        whole = getattr(picture, "whole", None)
+        array = _checked(np.asarray(picture), name)
+        yield Opened(None, None, array, 1, name, whole or (array.shape[0], array.shape[1]))
         return
     _silence_bomb_warning()
     with ExitStack() as stack:
         with _reading(name):
-            opening: IO[bytes] = picture.open("rb") if isinstance(picture, Path) else BytesIO(picture)
-            file = stack.enter_context(opening)
+            file: BufferedReader | BytesIO = picture.open("rb") if isinstance(picture, Path) else BytesIO(picture)
+            stack.enter_context(file)
             head = file.read(16)
             if not head:
                 raise UnreadablePicture(f"{name} cannot be read: it is empty (0 bytes); replace it or take it out.")
             if head[4:8] == b"ftyp":
                 _register_heif()
             try:
-                image = stack.enter_context(Image.open(file, formats=_formats()))
+                image: Image.Image = stack.enter_context(Image.open(file, formats=_formats()))
             except UnidentifiedImageError as error:
                 raise UnreadablePicture(
                     f"{name} is no picture of a format known here: it begins with {head!r}; replace it or take it out."
@@ -145,7 +214,8 @@ def opened(picture: Picture, name: str = "") -> Iterator[Opened]:
                 image.load()  # which turns it upright and forgets the orientation: Pillow does so for this format alone
             orientation = image.getexif().get(0x0112, 1)
             orientation = orientation if orientation in ORIENTATIONS else 1
-        yield Opened(image, orientation, name, image.size if orientation >= 5 else image.size[::-1])
+        size = image.size if orientation >= 5 else image.size[::-1]
+        yield Opened(image, file, None, orientation, name, size)
 
 
 @contextmanager
@@ -202,7 +272,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(pixels * (255 / white)).astype(np.uint8))
 
 
-def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+def _checked(pixels: np.ndarray, name: str) -> np.ndarray:
+    """(h, w) or (h, w, 3 or 4) uint8."""
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     if 0 in pixels.shape or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
@@ -218,4 +289,4 @@ def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
         pixels = np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
     elif pixels.dtype != np.uint8:
         raise UnreadablePicture(f"{name} holds {pixels.dtype} pixels; give uint8, or floating numbers from 0 to 1.")
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    return pixels

@@ -20,6 +20,7 @@ from vitrail.core.types import Source
 from vitrail.data import benchmarks
 from vitrail.data.folders import read_folders
 from vitrail.data.likeness import equal_pictures
+from vitrail.data.shards import holds_pack, read_pack
 from vitrail.data.sources import Read, class_counts, key, listed, read_sample, sizes, subset
 from vitrail.data.tables import LISTINGS, holds_parquet, read_hub, read_listing, read_parquet
 
@@ -44,8 +45,8 @@ class Splits:
 
 
 def open_data(spec: str, *, validation: float = 0.1, seed: int = 0, record: Path | None = None) -> Splits:
-    """The data that --data names: a folder, a CSV or JSON, parquet, `hub:owner/name`, `sample:NAME`, or a published set
-    in its owners' files, `NAME:PATH` (data/benchmarks.py).
+    """The data that --data names: a folder, a packed one (data/shards.py), a CSV or JSON, parquet, `hub:owner/name`,
+    `sample:NAME`, or a published set in its owners' files, `NAME:PATH` (data/benchmarks.py).
 
     validation: the share of the training pictures to hold out, in [0, 1), where the data bring no validation split of
         their own; 0 holds none out.
@@ -88,6 +89,8 @@ def read(spec: str) -> Read:
         return read_hub(spec.removeprefix("hub:"))
     path = Path(spec).expanduser()
     if path.is_dir():
+        if holds_pack(path):
+            return read_pack(path)
         return read_parquet(path) if holds_parquet(path) else read_folders(path)
     if path.suffix.lower() in LISTINGS and path.exists():
         found, notes = read_listing(path)

@@ -1,9 +1,13 @@
 """From a picture to the uint8 pixels a model is given: for evaluation, and Inception crops for training.
 
-Unusual: crop and resize are one call of Pillow's `resize(box=)`, straight on a JPEG decoded at reduced size. Its filter
-sees the pixels just outside of the crop, so that a central crop is what resizing the whole picture and then cropping
-gives; a random crop differs from crop-then-resize along its border alone. Pixels stay uint8 until they are on the
-device, where `Preprocess.normalize` makes them input. Flips and all other augmentation come later (augment.py).
+Unusual: there are two ways. Evaluation is one call of Pillow's `resize(box=)`, straight on a JPEG decoded at reduced
+size; its filter sees the pixels just outside of the crop, so that a central crop is what resizing the whole picture and
+then cropping gives. A training crop is cut out first and then resized, as torchvision and timm have it, by torch's
+antialiased kernel for uint8, at a quarter of Pillow's time: bilinear pixels are Pillow's to one level (mean 0.02 on 80
+photographs), bicubic ones too (mean 0.03) but where an overshoot at a hard edge is clipped between the two passes (28 at
+most). Where the picture is there in reduced size (a large JPEG, a shrunk picture of `vitrail pack`) the crop does not
+begin at a whole pixel, and goes the first way. Pixels stay uint8 until they are on the device, where
+`Preprocess.normalize` makes them input. Flips and all other augmentation come later (augment.py).
 """
 
 import math
@@ -13,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
@@ -28,6 +33,8 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+CROPPED = ("bilinear", "bicubic")
+"""What torch has a kernel for."""
 ATTEMPTS = 10
 
 
@@ -50,7 +57,10 @@ class Transform:
         resize, size = self.preprocess.resize, self.preprocess.size
         smallest = (resize, resize) if isinstance(resize, int) else resize or size
         if smallest[0] < size[0] or smallest[1] < size[1]:
-            raise UserError(f"a picture resized to {resize} is too small for a crop of {size}: raise the resize.")
+            raise UserError(
+                f"a picture resized to {resize} is too small for a crop of {size}: "
+                f"say so as --preprocess ...,resize={size[0]}x{size[1]},size={size[0]}x{size[1]}."
+            )
         if not (0 < self.area[0] <= self.area[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise UserError(f"a crop of area {self.area} and ratio {self.ratio} cannot be drawn: give low, then high.")
 
@@ -71,7 +81,11 @@ class Transform:
                 math.ceil(file.size[0] * height / (box[3] - box[1])),
                 math.ceil(file.size[1] * width / (box[2] - box[0])),
             )
-            image, filled = file.pixels(channels, whole)
+            if self.random and self.preprocess.interpolation in CROPPED:
+                cut = file.crop(box, channels, whole)
+                if cut is not None:
+                    return _resized(cut, (height, width), self.preprocess.interpolation)
+            image, filled = file.pixels(channels, whole, box)
             across, down = (filled[2] - filled[0]) / file.size[1], (filled[3] - filled[1]) / file.size[0]
             box = (
                 max(0.0, filled[0] + box[0] * across),
@@ -139,6 +153,15 @@ class Transform:
         wide, tall = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
         left, top = (width - wide) // 2, (height - tall) // 2
         return (float(left), float(top), float(left + wide), float(top + tall))
+
+
+def _resized(
+    pixels: UInt8[np.ndarray, "h w c"], size: tuple[int, int], interpolation: str
+) -> UInt8[np.ndarray, "c height width"]:
+    given = pixels if pixels.flags.writeable else pixels.copy()  # torch has no tensors that cannot be written to
+    tensor = torch.from_numpy(given).permute(2, 0, 1)[None]
+    small = F.interpolate(tensor, size, mode=interpolation, antialias=True)[0]
+    return small.contiguous().numpy()
 
 
 def read(pictures: Sequence[Picture], preprocess: Preprocess) -> UInt8[Tensor, "b c h w"]:

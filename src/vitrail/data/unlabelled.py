@@ -16,6 +16,7 @@ from vitrail.core.errors import UserError
 from vitrail.core.types import Sample, Source
 from vitrail.data import splits
 from vitrail.data.folders import sub_folders, walk
+from vitrail.data.shards import holds_pack
 from vitrail.data.sources import FileSource, Packed, Read, key, listed, sizes, split_named, subset
 from vitrail.data.splits import Splits
 from vitrail.data.tables import LISTINGS, holds_parquet, read_hub, read_listing, read_parquet
@@ -81,7 +82,7 @@ def read(spec: str) -> Read:
     path = Path(spec).expanduser()
     if spec.startswith("hub:"):
         return read_hub(spec.removeprefix("hub:"), labelled=False)
-    if path.is_dir():
+    if path.is_dir() and not holds_pack(path):
         return read_parquet(path, labelled=False) if holds_parquet(path) else read_folder(path)
     if path.suffix.lower() == ".parquet" and path.exists():
         return read_parquet(path, labelled=False)

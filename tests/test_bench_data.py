@@ -1,0 +1,126 @@
+"""`vitrail bench data`: that all sides do the same work, and that the numbers are what they say."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrail.commands import bench_data
+from vitrail.commands.bench_data import AGAINST, BLOCK, Settings, run, sentences, sides, summary
+from vitrail.core.errors import UserError
+from vitrail.core.types import Preprocess
+from vitrail.data import splits
+from vitrail.data.pack import pack
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    y, x = np.mgrid[0:1:120j, 0:1:160j][..., None]
+    for number in range(6):
+        shade = 128 + 100 * np.sin(3 * x + number + np.arange(3)) * np.cos(2 * y)
+        path = root / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(shade.astype(np.uint8)).save(path, quality=95, subsampling=0)
+    return root
+
+
+@pytest.fixture
+def packed(folder: Path, tmp_path: Path) -> Path:
+    pack(splits.read(str(folder)), "", tmp_path / "packed", 60, 1, lambda done: None)
+    return tmp_path / "packed"
+
+
+def test_all_sides_give_the_same_pictures(folder: Path, packed: Path) -> None:
+    """But for the flips: of each picture the plain one or its mirror image, to a few levels of 255."""
+    source, ours = (splits.open_data(str(path), validation=0.0).train for path in (folder, packed))
+    found = sides(source, ours, np.arange(6), 40)
+    assert set(found) == {f"{kind} {each}" for kind in ("vitrail", "packed") for each in AGAINST.values()} | set(
+        AGAINST
+    )
+    preprocess = Preprocess((40, 40), None, "bilinear", bench_data.MEAN, bench_data.DEVIATION)
+    flips = set()
+    for number in range(2):
+        batches = {name: side(number) for name, side in found.items()}
+        assert batches["torchvision"].dtype == torch.float32
+        assert all(batch.dtype == torch.uint8 for name, batch in batches.items() if name != "torchvision")
+        for library, interpolation in AGAINST.items():
+            theirs = batches[library] if library == "torchvision" else preprocess.normalize(batches[library])
+            for kind in ("vitrail", "packed"):
+                mine = preprocess.normalize(batches[f"{kind} {interpolation}"])
+                assert mine.shape == theirs.shape == (BLOCK, 3, 40, 40)
+                for one, other in zip(mine, theirs, strict=True):
+                    differences = [float((turned - other).abs().mean()) for turned in (one, one.flip(-1))]
+                    flips.add(differences[0] < differences[1])
+                    assert min(differences) < (0.02 if kind == "vitrail" else 0.1)  # 0.02 is one level of 255
+    assert flips == {True, False}
+
+
+def test_it_runs(folder: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    settings = Settings(
+        str(folder), str(packed), "ViT-Ti/16", 32, 0.05, batch=4, workers=1, precision="fp32", device="cpu"
+    )
+    assert run(settings) == 0
+    said = capsys.readouterr().out
+    assert "pictures per core-second" in said
+    assert "packed bicubic against timm" in said
+    assert "Training ViT-Ti/16 on packed pictures is " in said
+    (folder / "a" / "bad.jpg").write_bytes(b"not a picture")
+    assert run(Settings(str(folder), size=32, seconds=0.05, json=True)) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["pictures"], result["unreadable"]) == (6, 1)
+    assert result["batches"] >= 2
+    assert set(result["ratios"]) == {"vitrail bilinear against torchvision", "vitrail bicubic against timm"}
+    for ratio in result["ratios"].values():
+        assert ratio["low"] <= ratio["value"] <= ratio["high"]
+    assert set(result["machine"]) == {"idle", "others_share", "load_before"}
+    assert torch.get_num_threads() == threads
+
+
+def test_what_cannot_be_measured(folder: Path, packed: Path) -> None:
+    with pytest.raises(UserError, match="--size"):
+        run(Settings(str(folder), size=0))
+    with pytest.raises(UserError, match="--workers"):
+        run(Settings(str(folder), workers=-1))
+    (folder / "a" / "0.jpg").rename(folder / "a" / "other.jpg")
+    with pytest.raises(UserError, match="holds other pictures"):
+        run(Settings(str(folder), str(packed)))
+    with pytest.raises(UserError, match="ViT-Q"):
+        run(Settings(str(folder), model="ViT-Q/16", size=32, seconds=0.05))
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="none of the 6 pictures tried"):
+        run(Settings(str(folder)))
+
+
+def test_summary() -> None:
+    rng = np.random.default_rng(0)
+    times = {"torchvision": rng.uniform(1.8, 2.2, 50), "timm": rng.uniform(2.7, 3.3, 50)}
+    times |= {"vitrail bilinear": rng.uniform(0.9, 1.1, 50), "vitrail bicubic": rng.uniform(0.9, 1.1, 50)}
+    result = summary(times)
+    assert result["batches"] == 50
+    assert result["rates"]["vitrail bilinear"] == pytest.approx(BLOCK, rel=0.05)
+    for name, wanted in (("vitrail bilinear against torchvision", 2), ("vitrail bicubic against timm", 3)):
+        ratio = result["ratios"][name]
+        assert ratio["low"] < ratio["value"] < ratio["high"]
+        assert ratio["value"] == pytest.approx(wanted, rel=0.05)
+        assert ratio["high"] - ratio["low"] < 0.2
+
+
+def test_what_is_said_of_training() -> None:
+    result = {"size": 224, "batches": 3, "rates": {}, "ratios": {}, "unreadable": 0}
+    result["machine"] = {"idle": True, "others_share": 0.0, "load_before": 0.0}
+    found = {"model": "ViT-S/16", "workers": 8, "step": 2000.0, "input": 500.0}
+    found |= {"device": "cuda", "waits": 0.75, "bound": True}
+    (_, said) = sentences({**result, "training": found})
+    assert "is bound by input: it would wait for 75% of its time (8 workers give 500 pictures a second" in said
+    found |= {"input": 5000.0, "waits": 0.0, "bound": False}
+    assert (
+        "is not bound by input: there are 2.5 times as many as it takes" in sentences({**result, "training": found})[1]
+    )
+    found |= {"device": "cpu", "step": 8.0, "waits": 0.013}
+    assert "on the same cores, preparing them takes 1.3% of the time" in sentences({**result, "training": found})[1]

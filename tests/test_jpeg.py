@@ -1,0 +1,109 @@
+"""Reading a JPEG only as far as a crop needs it: the same bits as Pillow, and any doubt left to Pillow."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitrail.core.types import Preprocess
+from vitrail.data import jpeg
+from vitrail.data.decode import UnreadablePicture, opened
+from vitrail.data.jpeg import first_rows
+from vitrail.data.transforms import Transform
+
+KINDS = {
+    "colour at full size": {"subsampling": 0},
+    "colour at half width": {"subsampling": 1},
+    "colour at half size": {"subsampling": 2},
+    "restarts": {"restart_marker_rows": 1},
+    "progressive": {"progressive": True},
+    "stored as RGB": {"keep_rgb": True},
+}
+
+
+def pixels(height: int = 203, width: int = 157) -> np.ndarray:
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j][..., None]
+    noise = np.random.default_rng(0).integers(-20, 20, (height, width, 3))
+    return (128 + 90 * np.sin(9 * x * y + np.arange(3)) + noise).clip(0, 255).astype(np.uint8)
+
+
+def stored(picture: np.ndarray, **options: object) -> bytes:
+    file = BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_pillows_to_the_bit(kind: str) -> None:
+    for picture in (pixels(), pixels()[:, :, 0]):
+        if picture.ndim == 2 and kind == "stored as RGB":
+            continue
+        data = stored(picture, **KINDS[kind])
+        wanted = np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+        for rows in (1, 7, 8, 15, 16, 17, 100, 190, 202, 203):
+            got = first_rows(data, rows)
+            assert got is not None
+            assert np.array_equal(got[:rows], wanted[:rows])
+            if rows < 150 and kind != "progressive":
+                assert got.shape[0] < 170  # it did stop
+            if kind == "progressive":
+                assert got.shape[0] == 203
+
+
+def test_a_crop_is_the_same_with_and_without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = stored(pixels(), subsampling=2)
+    transform = Transform(Preprocess((64, 64)), "inception")
+    with_it = [transform(data, np.random.default_rng(seed)) for seed in range(8)]
+    monkeypatch.setattr(jpeg, "_decoder", lambda: None)
+    for seed, got in enumerate(with_it):
+        assert np.array_equal(got, transform(data, np.random.default_rng(seed)))
+
+
+def test_what_is_not_plain_is_left_to_pillow() -> None:
+    """Turned, CMYK and large pictures: the crop is the same as from their decoded pixels."""
+    transform = Transform(Preprocess((48, 48)), "inception")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    print_colours = BytesIO()
+    Image.fromarray(pixels()).convert("CMYK").save(print_colours, "JPEG")
+    for data in (stored(pixels(), exif=turned, subsampling=0), print_colours.getvalue()):
+        with opened(data) as file:
+            whole = np.asarray(file.pixels(3)[0])
+        for seed in range(4):
+            got = transform(data, np.random.default_rng(seed))
+            assert np.array_equal(got, transform(whole, np.random.default_rng(seed)))
+    with opened(stored(pixels(), exif=turned)) as file:
+        assert file.size == (157, 203)
+        assert file.crop((0.0, 0.0, 10.0, 10.0), 3, (30, 40)) is None  # Pillow gives it at half size
+
+
+def test_a_cut_file_is_noticed_wherever_the_crop_lies() -> None:
+    data = stored(pixels())
+    transform = Transform(Preprocess((32, 32)), "inception", area=(0.05, 0.06))
+    for end in (len(data) - 1, len(data) - 200, len(data) // 2):
+        assert first_rows(data[:end], 8) is None
+        for seed in range(5):
+            with pytest.raises(UnreadablePicture, match="cannot be read"):
+                transform(data[:end], np.random.default_rng(seed))
+
+
+def test_no_bytes_make_it_fail_otherwise() -> None:
+    """Headers with any one byte changed: pixels or None, or pictures that Pillow judges; never another error."""
+    data = stored(pixels(40, 40))
+    rng = np.random.default_rng(0)
+    for place in range(2, 700):
+        spoilt = bytearray(data)
+        spoilt[place] = rng.integers(256)
+        got = first_rows(bytes(spoilt), 8)
+        assert got is None or got.shape[2] == 3
+    for rubbish in (b"", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xc0\x00\x0b\xff\xd9", bytes(300)):
+        assert first_rows(rubbish, 8) is None
+
+
+def test_from_a_path(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(stored(pixels()))
+    transform = Transform(Preprocess((32, 32)), "inception")
+    from_path = transform(tmp_path / "a.jpg", np.random.default_rng(3))
+    assert np.array_equal(from_path, transform(stored(pixels()), np.random.default_rng(3)))
