@@ -1,14 +1,22 @@
 """`vitrail bench WHAT`: measurements of this machine."""
 
-from vitrail.commands import bench_data
+import importlib
+
 from vitrail.commands.flags import parse
 from vitrail.core.errors import UserError
 
+KINDS = ("inference", "training", "data")
+
 
 def run(arguments: list[str]) -> int:
-    """data: pictures a core prepares each second, beside a plain Pillow pipeline."""
-    if not arguments or arguments[0] != "data":
+    """inference and training: pictures a second beside peers; data: pictures a core prepares beside plain Pillow."""
+    if not arguments or arguments[0] not in KINDS:
         found = f"{arguments[0]!r} is none" if arguments else "none was named"
-        raise UserError(f"vitrail bench measures: data; {found}; give vitrail bench data --data FOLDER.")
-    settings = parse(bench_data.Settings, arguments[1:], "bench data", description=bench_data.run.__doc__ or "")
-    return bench_data.run(settings)
+        raise UserError(
+            f"vitrail bench measures {', '.join(KINDS[:-1])} and {KINDS[-1]}; {found}; give vitrail bench inference "
+            "--model ViT-B/16, vitrail bench training --model ViT-S/16 or vitrail bench data --data FOLDER."
+        )
+    kind = arguments[0]
+    module = importlib.import_module(f"vitrail.commands.bench_{kind}")
+    settings = parse(module.Settings, arguments[1:], f"bench {kind}", description=module.run.__doc__ or "")
+    return int(module.run(settings))

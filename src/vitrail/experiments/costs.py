@@ -113,9 +113,23 @@ def peak_memory(device: torch.device) -> int:
     """Bytes that this process has used at most so far; after a measured step, what training needs."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    most = resident("VmHWM")
+    if most is not None:
+        return most
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+
+
+def resident(key: str) -> int | None:
+    """Bytes of main memory of this process: "VmRSS" now, "VmHWM" at most so far; None where the system does not say.
+
+    getrusage's would not do for a child: it begins with what its parent had.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,243 @@
+"""Everything that is measured on a GPU, in one call of at most ten minutes: `python bench/gpu.py --out results`.
+
+Training (bf16, compiled, fused optimiser, flash attention) and inference of ViT-B/16 and L/16, beside timm and
+transformers where they are installed, under the same compile settings; the share of the measured and of the nominal matrix
+rate; whether a step ever waits for the GPU; fp8 and int8 where torchao is installed. One JSON, written anew after each
+part, so that a part which fails or comes too late costs only itself.
+
+    python bench/gpu.py --rehearse      the whole way on a CPU, at tiny sizes, in about a minute
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitrail.benchmark import inference, peers, record, training
+from vitrail.benchmark.alternation import alternate, ratio
+from vitrail.benchmark.machine import machine, matrix_rates, matrix_sides
+from vitrail.benchmark.subject import subject
+
+NOMINAL = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s that the makers state (SXM parts)."""
+GOAL = 0.55
+
+
+class Sitting:
+    """One call: what was found so far, and how much time is left."""
+
+    def __init__(self, settings: argparse.Namespace) -> None:
+        self.settings = settings
+        self.begun = time.monotonic()
+        self.device = torch.device("cpu" if settings.rehearse else "cuda")
+        self.found: dict[str, Any] = {"rehearsal": settings.rehearse, "parts": {}, "failed": {}, "skipped": []}
+        self.path: Path = settings.out / ("gpu-rehearsal.json" if settings.rehearse else "gpu.json")
+
+    def part(self, name: str, work: Callable[[], Any], least: float) -> None:
+        """Does it if `least` seconds are left; what goes wrong is written down and the rest goes on."""
+        left = 60 * self.settings.minutes - (time.monotonic() - self.begun)
+        begun = time.monotonic()
+        if left < least:
+            self.found["skipped"].append(f"{name}: {left:.0f} s were left, {least:.0f} are needed")
+        else:
+            try:
+                self.found["parts"][name] = work()
+            except Exception as error:
+                lines = traceback.format_exc().splitlines()
+                self.found["failed"][name] = [f"{type(error).__name__}: {error}", *lines[-6:]]
+        spent = time.monotonic() - begun
+        print(f"{name}: {spent:.0f} s{' FAILED' if name in self.found['failed'] else ''}", file=sys.stderr, flush=True)
+        torch.compiler.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.write()
+
+    def write(self) -> None:
+        command = "python bench/gpu.py" + " --rehearse" * self.settings.rehearse
+        seconds = round(time.monotonic() - self.begun, 1)
+        record.write(self.path, record.stamped("gpu", {"command": command, "seconds": seconds, **self.found}))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None, help="torch.compile")
+    parser.add_argument("--rounds", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=9.0, help="no part begins that would end later")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
+    settings = parser.parse_args()
+    if not settings.rehearse and not torch.cuda.is_available():
+        print("No CUDA device is here; give --rehearse to try the way on a CPU.", file=sys.stderr)
+        return 2
+    small = settings.rehearse
+    settings.rounds = settings.rounds or (2 if small else 15)
+    settings.compiled = settings.compiled if settings.compiled is not None else not small
+    if not small:
+        torch.set_float32_matmul_precision("high")
+    sitting = Sitting(settings)
+    models = {"ViT-Nano/16": (2, 32)} if small else {"ViT-B/16": (256, 224), "ViT-L/16": (128, 224)}
+    wait = 0 if small else 60
+    sitting.part("matrix", lambda: matrix(sitting), 0)
+    for name, (batch, side) in models.items():
+        sitting.part(f"no waiting {name}", lambda n=name, b=batch, s=side: no_waiting(sitting, n, b, s), wait)
+        sitting.part(f"training {name}", lambda n=name, b=batch, s=side: train(sitting, n, b, s), 2 * wait)
+    for name, (batch, side) in models.items():
+        sitting.part(f"inference {name}", lambda n=name, b=batch, s=side: infer(sitting, n, b, s), wait)
+    sitting.part("quantised", lambda: quantised(sitting, *next((n, *v) for n, v in models.items())), wait)
+    print(json.dumps({**sitting.found, "machine": machine()}, indent=1)[:6000])
+    print(f"written: {sitting.path}", file=sys.stderr)
+    return int(bool(sitting.found["failed"]))
+
+
+def libraries() -> list[str]:
+    found = []
+    for name in peers.PEERS:
+        try:
+            found += [name] if importlib.util.find_spec(name) and importlib.import_module(name) else []
+        except (ImportError, RuntimeError) as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return found
+
+
+def matrix(sitting: Sitting) -> dict[str, Any]:
+    """Measured products in each precision, on random data, and the nominal bf16 rate."""
+    sides, flops = matrix_sides(sitting.device, ("fp32", "bf16", "int8"), 128 if sitting.settings.rehearse else 0)
+    rates = matrix_rates(alternate(sides, rounds=sitting.settings.rounds), flops)
+    sitting.found["matrix"] = rates
+    name = torch.cuda.get_device_name() if sitting.device.type == "cuda" else ""
+    nominal = next((rate for kind, rate in NOMINAL.items() if kind in name), None)
+    return {"flops_a_second": rates, "nominal_bf16": nominal, "device": name or "cpu"}
+
+
+def train(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
+    """A step of each library in turns: model FLOPs utilisation and ratios to ours; peak memory."""
+    compiled, device = sitting.settings.compiled, sitting.device
+    sides, peaks = {}, {}
+    for library in ("vitrail", *libraries()):
+        model = subject(name, side)
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        sides[library] = training.side(library, model, batch, device, "bf16", compile=compiled)
+        for _ in range(3):  # compiles, and finds the kernels
+            sides[library]()
+        peaks[library] = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+    products, products_flops = matrix_sides(device, ("bf16",), 128 if sitting.settings.rehearse else 0)
+    seconds = alternate({**sides, **products}, rounds=sitting.settings.rounds, shortest=0.2)
+    flops, rate = training.flops(model, batch), matrix_rates(seconds, products_flops)["bf16"]
+    nominal = sitting.found["parts"].get("matrix", {}).get("nominal_bf16")
+    return {
+        "batch": batch,
+        "compiled": compiled,
+        "matrix_bf16": rate,
+        "sides": {library: shares(seconds[library], batch, flops, rate, nominal, peaks[library]) for library in sides},
+        "ratios": {lib: vars(ratio(seconds[lib], seconds["vitrail"])) for lib in sides if lib != "vitrail"},
+        "goal": GOAL,
+    }
+
+
+def shares(
+    times: list[float], batch: int, flops: float, rate: float, nominal: float | None, peak: int | None
+) -> dict[str, Any]:
+    middle = sorted(times)[len(times) // 2]
+    return {
+        "seconds": times,
+        "pictures_a_second": batch / middle,
+        "utilisation_of_measured": flops / middle / rate,
+        "utilisation_of_nominal": None if nominal is None else flops / middle / nominal,
+        "peak_bytes": peak,
+    }
+
+
+def no_waiting(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
+    """Our step under torch's check for calls that make the processor wait for the GPU; the first such is an error."""
+    model = subject(name, side)
+    given = training.batch_of(model.preprocess, batch, model.config.classes)
+    step = training.vitrail_step(model, given, sitting.device, "bf16", compile=False)
+    for _ in range(2):
+        step()
+    if sitting.device.type != "cuda":
+        return {"checked": False, "why": "there is no GPU"}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {"checked": True, "steps": 3}
+
+
+def infer(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
+    """Forward passes: ours eager and compiled, and the peers', in bf16."""
+    found = libraries()
+    engines = ("eager", "compile") if sitting.settings.compiled else ("eager",)
+    wanted = inference.names(
+        engines, ("bf16",), tuple(found), compiled=sitting.settings.compiled, device=str(sitting.device)
+    )
+    wanted = [one for one in wanted if "by-hand" not in one and "fp32" not in one]
+    work = inference.Work(name, batch, side, torch.get_num_threads(), str(sitting.device))
+    model = work.build()
+    sides = {one: inference.side(one, work, model, tuple(found))[0] for one in wanted}
+    products, products_flops = matrix_sides(sitting.device, ("bf16",), 128 if sitting.settings.rehearse else 0)
+    seconds = alternate({**sides, **products}, rounds=sitting.settings.rounds, shortest=0.2)
+    rate = matrix_rates(seconds, products_flops)["bf16"]
+    flops = 2.0 * model.config.backbone.macs() * batch
+    ours = min((one for one in sides if one.startswith("vitrail")), key=lambda one: sum(seconds[one]))
+    return {
+        "batch": batch,
+        "sides": {one: shares(seconds[one], batch, flops, rate, None, None) for one in sides},
+        "fastest_of_ours": ours,
+        "ratios": {one: vars(ratio(seconds[one], seconds[ours])) for one in sides if not one.startswith("vitrail")},
+    }
+
+
+def quantised(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
+    """fp8 and int8 by torchao beside bf16, compiled all three; without torchao, that is said."""
+    if importlib.util.find_spec("torchao") is None:
+        return {"measured": False, "why": "torchao is not installed"}
+    from torchao import quantization
+
+    kinds = {
+        "fp8": quantization.Float8DynamicActivationFloat8WeightConfig,
+        "int8": quantization.Int8DynamicActivationInt8WeightConfig,
+    }
+    work = inference.Work(name, batch, side, torch.get_num_threads(), str(sitting.device))
+    images = work.pictures(work.build()).bfloat16()
+    sides, missing, answers = {}, {}, {}
+    for kind in ("bf16", *kinds):
+        model: nn.Module = work.build().to(sitting.device).bfloat16()
+        try:
+            if kind != "bf16":
+                quantization.quantize_(model, kinds[kind]())
+            ask = torch.compile(model) if sitting.settings.compiled else model
+
+            def call(ask: Any = ask) -> torch.Tensor:
+                with torch.inference_mode():
+                    return ask(images).float().cpu()
+
+            answers[kind] = call()
+            sides[kind] = call
+        except Exception as error:
+            missing[kind] = f"{type(error).__name__}: {str(error)[:300]}"
+    seconds = alternate(sides, rounds=sitting.settings.rounds, shortest=0.2)
+    same = answers["bf16"]
+    return {
+        "measured": True,
+        "missing": missing,
+        "pictures_a_second": {one: batch / sorted(times)[len(times) // 2] for one, times in seconds.items()},
+        "ratios_to_bf16": {one: vars(ratio(seconds["bf16"], times)) for one, times in seconds.items()},
+        "relative_error": {one: float((a - same).norm() / same.norm().clamp(min=1e-9)) for one, a in answers.items()},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Writes docs/speed.md from the committed measurements: `python bench/speed_page.py`; --commands lists what makes them.
+
+Nothing on the page is written by hand: each table stands under the command that made it, and where a peer is ahead of us
+at the same precision, the page says so first.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BENCH = "PYTHONPATH=bench/peers peers/bin/vitrail bench"
+BOTH = "--against timm,transformers"
+ENGINES = "--engines auto,eager,openvino,onnx --precision fp32,bf16,int8"
+RUNS = {
+    "speed-inference-b16": f"{BENCH} inference --model ViT-B/16 --batch 8 {ENGINES} {BOTH} --seconds 300",
+    "speed-inference-s16": f"{BENCH} inference --model ViT-S/16 --batch 8 1 {ENGINES} {BOTH} --seconds 180",
+    "speed-training-s16": f"{BENCH} training --model ViT-S/16 --batch 8 32 --precision bf16 {BOTH} --seconds 240",
+    "speed-training-ti4": f"{BENCH} training --model ViT-Ti/4 --size 32 --batch 64 --precision bf16 {BOTH} --seconds 120",
+}
+"""results/NAME.json: the command that makes it, to be given --json and that name."""
+OTHERS = {
+    "growth": "python bench/growth.py --plot docs/pictures/growth.png",
+    "gpu": "python bench/gpu.py",
+}
+BARS = {
+    ("speed-inference-b16", 8): {"vitrail auto bf16": 2.4, "vitrail auto int8": 4.2},
+    ("speed-inference-s16", 8): {"vitrail auto bf16": 2.3, "vitrail auto int8": 3.1},
+    ("speed-inference-s16", 1): {"vitrail auto bf16": 2.2, "vitrail auto int8": 2.9},
+}
+"""What `auto` was to reach, times timm eager fp32."""
+HEAD = """# Speed
+
+Written by `python bench/speed_page.py` from the measurements in `results/`; nothing here is typed by hand.
+
+How it is measured: all sides of a table take turns in one process on pinned cores; a number is the median over the rounds,
+a ratio is of medians, its interval a 95 % bootstrap over whole rounds. The share is of what bare matrix products of that
+precision reach in the same turns. Memory is the peak of a process that holds one side alone, without Python and its
+libraries. Peers run at their best sensible settings: timm with fused attention as it chooses, transformers with sdpa,
+both in fp32, under bf16 autocast and with bf16 weights; "openvino by-hand" is OpenVINO set up directly, its streams tuned.
+How to install them: [bench/peers](../bench/peers/README.md).
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commands", action="store_true", help="print the commands that make the measurements")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "speed.md")
+    settings = parser.parse_args()
+    if settings.commands:
+        print("\n".join([f"{command} --json results/{name}.json" for name, command in RUNS.items()]))
+        print("\n".join(OTHERS.values()))
+        return 0
+    found = {name: read(settings.results / f"{name}.json") for name in (*RUNS, *OTHERS)}
+    missing = [name for name, record in found.items() if record is None]
+    text = page({name: record for name, record in found.items() if record is not None}, missing)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    settings.out.write_text(text)
+    print(f"written: {settings.out}{'; not measured: ' + ', '.join(missing) if missing else ''}")
+    return 0
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def page(found: dict[str, dict[str, Any]], missing: list[str]) -> str:
+    measured = {name: record for name, record in found.items() if name in RUNS}
+    parts = [HEAD, *ahead(measured), *bars(measured)]
+    for name, record in measured.items():
+        heading = "Training" if "training" in name else "Inference"
+        model = record["runs"][0]["what"]["model"]
+        parts += [f"## {heading}: {model}\n", f"    {RUNS[name]} --json results/{name}.json\n", machine(record)]
+        parts += [table(run) for run in record["runs"]]
+    if "growth" in found:
+        parts += growth(found["growth"])
+    if "gpu" in found:
+        parts += gpu(found["gpu"])
+    if missing:
+        parts += ["## Not measured yet\n", "".join(f"- {name}\n" for name in missing)]
+    return "\n".join(parts)
+
+
+def ahead(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """Each peer's side that is faster than our fastest of the same precision, with what it is ahead by."""
+    lines = []
+    for record in measured.values():
+        for run in record["runs"]:
+            what = run["what"]
+            for line in run["lines"]:
+                ours = [
+                    o for o in run["lines"] if o["side"].startswith("vitrail") and o["precision"] == line["precision"]
+                ]
+                best = max(ours, key=lambda one: one["rate"], default=None)
+                if best is None or line["side"].startswith("vitrail") or line["rate"] <= best["rate"]:
+                    continue
+                apart = "clearly" if line["low"] > best["high"] else "within the noise of this run"
+                lines.append(
+                    f"- {what['model']}, batch {what['batch']}, {line['precision']}: {line['side']} is "
+                    f"{line['rate'] / best['rate'] - 1:.1%} ahead of {best['side']} ({apart}).\n"
+                )
+    said = "".join(lines) or "Nowhere in these measurements, at the same precision.\n"
+    return ["## Where a peer is ahead\n", said]
+
+
+def bars(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """What was to be reached, what was, and how far `auto` is from the fastest engine set up by hand."""
+    rows = ["| | asked | reached | 95 % | of the fastest by hand |", "|---|---|---|---|---|"]
+    for (name, batch), wanted in BARS.items():
+        runs = [run for run in measured.get(name, {"runs": []})["runs"] if run["what"]["batch"] == batch]
+        for run in runs:
+            sides = {line["side"]: line for line in run["lines"]}
+            for side, least in wanted.items():
+                if side in sides:
+                    line, speed = sides[side], sides[side]["speedup"]
+                    by_hand = sides.get(f"openvino by-hand {line['precision']}")
+                    share = f"{line['rate'] / by_hand['rate']:.1%}" if by_hand else "-"
+                    label = f"{run['what']['model']}, batch {batch}, {side}"
+                    reached = f"{speed['value']:.2f}{'' if speed['value'] >= least else ' (below)'}"
+                    rows.append(f"| {label} | {least} | {reached} | {speed['low']:.2f}-{speed['high']:.2f} | {share} |")
+    return ["## The bars\n", "\n".join(rows) + "\n"] if len(rows) > 2 else []
+
+
+def machine(record: dict[str, Any]) -> str:
+    about = record["machine"]
+    disturbed = [run for run in record["runs"] if not run["machine_use"]["idle"]]
+    noise = f" **{len(disturbed)} of its runs were disturbed by other programs.**" if disturbed else ""
+    return (
+        f"{about['processor']}, {about['cores']} cores, torch {about['torch']}, {record['date']}, "
+        f"commit {(record['commit'] or 'unknown')[:9]}.{noise}\n"
+    )
+
+
+def table(run: dict[str, Any]) -> str:
+    what = run["what"]
+    rates = ", ".join(f"{precision} {rate / 1e9:,.0f}" for precision, rate in run["matrix"].items())
+    rows = [
+        f"Batch {what['batch']}, {what['size']} pixels, {what['rounds']} rounds; matrix products in GFLOP/s: {rates}.\n",
+        "| side | pictures/s | ratio | 95 % | of matrix rate | peak MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in run["lines"]:
+        speed = line["speedup"]
+        name = f"**{line['side']}**" if line["side"].startswith("vitrail") else line["side"]
+        chosen = f" ({line['chosen']})" if line["chosen"] else ""
+        share = "-" if line["share"] is None else f"{line['share']:.0%}"
+        peak = "-" if line["peak"] is None else f"{line['peak'] / 2**20:,.0f}"
+        interval = f"{speed['low']:.2f}-{speed['high']:.2f}"
+        rows.append(f"| {name}{chosen} | {line['rate']:.3g} | {speed['value']:.2f} | {interval} | {share} | {peak} |")
+    return "\n".join(rows) + "\n"
+
+
+def growth(record: dict[str, Any]) -> list[str]:
+    rows = ["| grows | at | seconds | formula | MiB | formula |", "|---|---|---|---|---|---|"]
+    for name, points in record["series"].items():
+        for point in points:
+            times = f"{point['seconds']:.3f} | {point['seconds_formula']:.3f}"
+            room = f"{point['bytes'] / 2**20:,.0f} | {point['bytes_formula'] / 2**20:,.0f}"
+            rows.append(f"| {name} | {point['settings'][name]} | {times} | {room} |")
+    said = (
+        f"`vitrail bench training --plan` against real runs: {record['worst']:+.1%} at the worst of all points. The time's "
+        "formula is FLOPs over the measured matrix rate, at the share that a series' first point reaches.\n"
+    )
+    picture = "![Time and memory of a training step](pictures/growth.png)\n"
+    return ["## Growth\n", f"    {OTHERS['growth']}\n", said, picture, "\n".join(rows) + "\n"]
+
+
+def gpu(record: dict[str, Any]) -> list[str]:
+    parts, rows = record["parts"], ["| | pictures/s | of the measured rate | of the nominal |", "|---|---|---|---|"]
+    for name, part in parts.items():
+        for side, line in part.get("sides", {}).items():
+            nominal = line["utilisation_of_nominal"]
+            shown = "-" if nominal is None else f"{nominal:.0%}"
+            rate = f"{line['pictures_a_second']:,.0f} | {line['utilisation_of_measured']:.0%}"
+            rows.append(f"| {name}, {side} | {rate} | {shown} |")
+    wrong = "".join(f"- {name} failed: {lines[0]}\n" for name, lines in record["failed"].items())
+    about = f"{record['machine']['gpu']}, torch {record['machine']['torch']}, {record['date']}.\n"
+    return ["## On a GPU\n", f"    {OTHERS['gpu']}\n", about, "\n".join(rows) + "\n", wrong]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The machine during a measurement: what it is, which cores are used, whether others use it too, and what its matrix
+products reach, which bounds every model."""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrail.benchmark.alternation import Side
+from vitrail.core.device import cores, memory
+from vitrail.core.errors import UserError
+
+BUSY = 0.05
+"""The share of the machine that others may use before a measurement is called disturbed."""
+
+
+def machine() -> dict[str, Any]:
+    """Names and numbers for a record: processor, cores, memory, GPU, versions."""
+    found = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), "")
+    return {
+        "processor": found or platform.processor(),
+        "cores": cores(),
+        "memory_gib": round(memory() / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+@contextmanager
+def pinned(threads: int) -> Iterator[int]:
+    """This process on `threads` cores (0: all that it may use), each library with as many threads; gives their number.
+
+    Raises UserError where it has fewer cores than that.
+    """
+    most = cores()
+    threads = threads or most
+    if not 0 < threads <= most:
+        raise UserError(
+            f"--threads is {threads}, but this process may use {most} cores; give 1 to {most}, or 0 for all."
+        )
+    before = torch.get_num_threads()
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    _bind(allowed[:threads])
+    torch.set_num_threads(threads)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
+        _bind(allowed)
+
+
+@dataclass
+class Others:
+    """What other programs use of the processor between two looks; of Linux, else nothing is known but the load.
+
+    load: the machine's load average at the beginning.
+    """
+
+    load: float
+
+    def __init__(self) -> None:
+        self.load = os.getloadavg()[0]
+        self._begun, self._own, self._busy = time.monotonic(), _own_seconds(), _busy_seconds()
+
+    def share(self) -> float | None:
+        """Of all cores, the share that others used since this was made; None where the system does not say."""
+        busy = _busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        passed = max(time.monotonic() - self._begun, 1e-9)
+        used = busy - self._busy - (_own_seconds() - self._own)
+        return max(0.0, used / (passed * (os.cpu_count() or 1)))
+
+    def result(self) -> dict[str, Any]:
+        """For the record: the share, the load, and whether the machine counts as idle."""
+        share = self.share()
+        idle = share < BUSY if share is not None else self.load < 0.5
+        return {"idle": idle, "others_share": None if share is None else round(share, 3), "load_before": self.load}
+
+    @staticmethod
+    def sentence(result: dict[str, Any]) -> str:
+        """What to tell a person of a result; empty where the machine was idle."""
+        if result["idle"]:
+            return ""
+        share = result["others_share"]
+        used = f"load {result['load_before']:.1f}" if share is None else f"{share:.0%} of the processor"
+        return f"The machine was not idle: others used {used} meanwhile, so take these numbers as a hint."
+
+
+def matrix_sides(device: torch.device, precisions: tuple[str, ...], edge: int = 0) -> tuple[dict[str, Side], float]:
+    """A bare product of two random square matrices in each precision, as sides to measure; and its FLOPs.
+
+    Precisions that torch has no product for on this device are left out. edge: 2048 on a CPU, 8192 on a GPU.
+    """
+    edge = edge or (8192 if device.type == "cuda" else 2048)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(edge, edge, generator=generator) for _ in range(2))
+    sides: dict[str, Side] = {}
+    for precision in precisions:
+        if precision == "int8":
+            pair = [(each * 40).clamp(-127, 127).to(torch.int8).to(device) for each in (first, second)]
+            side = _product(pair[0], pair[1], torch._int_mm, device)
+            try:
+                side()
+            except (RuntimeError, NotImplementedError):
+                continue
+        else:
+            kind = torch.bfloat16 if precision == "bf16" else torch.float32
+            side = _product(first.to(device, kind), second.to(device, kind), torch.mm, device)
+        sides[f"matrix {precision}"] = side
+    return sides, 2.0 * edge**3
+
+
+def matrix_rates(seconds: dict[str, list[float]], flops: float) -> dict[str, float]:
+    """Operations a second in each precision, from the medians of `matrix_sides`' turns."""
+    middle = {name: sorted(times)[len(times) // 2] for name, times in seconds.items() if name.startswith("matrix ")}
+    return {name.removeprefix("matrix "): flops / time for name, time in middle.items()}
+
+
+def _product(first: Tensor, second: Tensor, multiply: Any, device: torch.device) -> Side:
+    def side() -> None:
+        multiply(first, second)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return side
+
+
+def _bind(chosen: list[int]) -> None:
+    if not chosen:
+        return
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            os.sched_setaffinity(int(task.name), chosen)
+        except ProcessLookupError:
+            continue  # a thread that has just ended
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores together have worked since the machine began; waiting and idling do not count."""
+    lines = _lines("/proc/stat")
+    if not lines:
+        return None
+    user, nice, system, _idle, _wait, interrupts, soft, steal = map(int, lines[0].split()[1:9])
+    return (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

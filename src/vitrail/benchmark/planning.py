@@ -1,0 +1,173 @@
+"""What memory a training run will need, and which of checkpointing, accumulation or a smaller batch makes it fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from vitrail.benchmark.subject import called
+from vitrail.core.device import Precision
+from vitrail.core.errors import UserError
+from vitrail.experiments.footprint import Footprint, footprint
+from vitrail.models.classifier import Classifier, ClassifierConfig
+from vitrail.training.optim import Optimiser
+from vitrail.weights import zoo
+
+BESIDE = 90 << 20
+"""Bytes that a step on a CPU takes beyond its tensors: the matrix library's room for reordered weights, and memory that
+the allocator cannot give back. 67 to 105 MiB in runs of ViT-Ti/16 and ViT-S/16 (bench/growth.py measures more)."""
+HOLES = 1.5
+"""With checkpointing, the allocator's holes between the blocks' kept inputs, as a factor of these: 1.1 to 2.2 in two runs
+of 32 pictures in bf16 (a fit to few points: bench/growth.py says how well it holds elsewhere)."""
+PROCESS = 330 << 20
+"""Bytes of a process that has imported torch and Vitrail and has run a step of a tiny model, measured likewise."""
+
+OPTIMISER = Optimiser(rate=1e-4)
+"""As a run has it: Adam and clipping, which changes no peak but the last."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to make a run fit. peak: bytes with it. cost: what it costs, in words."""
+
+    flags: str
+    peak: int
+    cost: str
+
+    @property
+    def said(self) -> str:
+        return f"{self.flags}: {self.peak / 2**30:.2f} GiB ({self.cost})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """parts: bytes by name, the peak among them last. options: ways that fit, where the run as asked for does not."""
+
+    title: str
+    parts: dict[str, int]
+    peak: int
+    limit: int
+    fits: bool
+    said: str
+    options: list[Option]
+
+
+def plan(
+    name: str,
+    batch: int,
+    size: int,
+    *,
+    precision: Precision,
+    limit: int,
+    classes: int = 1000,
+    checkpointing: bool = False,
+    accumulate: int = 1,
+) -> Plan:
+    """Of a run on the CPU with Adam and gradient clipping. Raises UserError on a model that is not known."""
+    config = config_of(name, size, classes)
+
+    @cache
+    def needs(count: int, again: bool, parts: int) -> int:
+        return needed(config, count, precision, again, parts)
+
+    found = footprint(
+        config, batch, precision=precision, checkpointing=checkpointing, accumulate=accumulate, optimiser=OPTIMISER
+    )
+    extra = beside(found, checkpointing)
+    peak = extra + found.peak
+    parts = {
+        "Python, torch, libraries, allocator": extra,
+        "weights": found.weights,
+        "gradients": found.gradients,
+        "optimiser state": found.optimiser,
+        "kept for the backward pass": found.activations,
+        "pictures": found.data,
+        "at the peak": peak,
+    }
+    height, width = config.backbone.image
+    title = f"{called(name)}, batch {batch}, {height} x {width} px, {precision}"
+    fits = peak <= limit
+    said = f"needs {peak / 2**30:.2f} GiB of {limit / 2**30:.2f} GiB: {'it fits' if fits else 'it does not fit'}"
+    options: list[Option] = []
+    if not fits and needs(1, True, 1) > limit:
+        said += "; not even one picture at a time with --checkpointing does: give a smaller --model or --size."
+    elif not fits:
+        options = _options(batch, checkpointing, accumulate, limit, needs)
+        said += "; what does:" if options else "; nor does anything but one picture at a time: give a smaller --batch."
+    return Plan(title, parts, peak, limit, fits, said + "." * fits, options)
+
+
+def needed(
+    config: ClassifierConfig, batch: int, precision: Precision, checkpointing: bool = False, accumulate: int = 1
+) -> int:
+    """Bytes of main memory that a process which trains it on the CPU needs at its peak."""
+    found = footprint(
+        config, batch, precision=precision, checkpointing=checkpointing, accumulate=accumulate, optimiser=OPTIMISER
+    )
+    return beside(found, checkpointing) + found.peak
+
+
+def beside(found: Footprint, checkpointing: bool) -> int:
+    """Bytes that a process needs beyond the tensors of a step."""
+    return PROCESS + BESIDE + (int(HOLES * found.activations) if checkpointing else 0)
+
+
+def config_of(name: str, size: int, classes: int) -> ClassifierConfig:
+    """By name without building it; of a checkpoint, what it holds."""
+    from vitrail.benchmark.subject import subject
+
+    try:
+        known = zoo.config(name, (size, size) if size else None)
+    except UserError:
+        model = subject(name, size)
+        assert isinstance(model, Classifier)
+        return model.config
+    return ClassifierConfig(known, classes, "class" if getattr(known, "class_token", False) else "mean")
+
+
+Needs = Callable[[int, bool, int], int]
+"""From batch, checkpointing and parts to bytes."""
+
+
+def _options(batch: int, checkpointing: bool, accumulate: int, limit: int, needs: Needs) -> list[Option]:
+    """Checkpointing, accumulation and a smaller batch, each alone where that fits; else checkpointing with parts."""
+    options: list[Option] = []
+    if not checkpointing:
+        again = needs(batch, True, accumulate)
+        if again <= limit:
+            options.append(Option("--checkpointing", again, "a third more time"))
+    parts, peak = _accumulation(batch, checkpointing, accumulate, limit, needs)
+    if parts:
+        options.append(Option(f"--accumulate {parts}", peak, "the same numbers, in smaller parts"))
+    elif not checkpointing:
+        parts, peak = _accumulation(batch, True, accumulate, limit, needs)
+        if parts:
+            options.append(Option(f"--checkpointing --accumulate {parts}", peak, "the same numbers, a third more time"))
+    smaller = _smaller(batch, limit, lambda count: needs(count, checkpointing, accumulate))
+    if smaller:
+        options.append(Option(f"--batch {smaller[0]}", smaller[1], "another batch size needs another rate"))
+    return options
+
+
+def _accumulation(batch: int, checkpointing: bool, begin: int, limit: int, needs: Needs) -> tuple[int, int]:
+    """The fewest parts that fit, doubling; (0, 0) where none do."""
+    parts = begin
+    while parts < batch:
+        parts = min(2 * parts, batch)
+        peak = needs(batch, checkpointing, parts)
+        if peak <= limit:
+            return parts, peak
+    return 0, 0
+
+
+def _smaller(batch: int, limit: int, needs: Callable[[int], int]) -> tuple[int, int] | None:
+    """The largest batch that fits: memory grows in a straight line with it, so two points tell."""
+    if batch < 2:
+        return None
+    one, two = needs(1), needs(2)
+    most = min(batch - 1, 1 + int((limit - one) / max(two - one, 1)))
+    while most >= 1:
+        peak = needs(most)
+        if peak <= limit:
+            return most, peak
+        most -= max(1, most // 16)
+    return None

@@ -1,0 +1,151 @@
+"""What vitrail bench's measurements share: turns, ratios, the idle check, records."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vitrail.analysis.figures import save
+from vitrail.analysis.figures_speed import growth, speeds
+from vitrail.benchmark import alternation, peers, record
+from vitrail.benchmark.machine import Others, matrix_rates, matrix_sides, pinned
+from vitrail.core.device import cores
+from vitrail.core.errors import UserError
+from vitrail.weights import zoo
+
+
+def test_sides_take_turns_and_the_order_turns_round():
+    called = []
+    sides = {name: lambda name=name: called.append(name) for name in "abc"}
+    seconds = alternation.alternate(sides, rounds=4, shortest=0.0)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+    rounds = [called[start : start + 3] for start in range(0, 12, 3)]
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert rounds[1] == rounds[0][::-1]
+    assert rounds[3] == rounds[2][::-1]
+
+
+def test_quick_work_is_repeated_within_a_turn_and_told_once():
+    counts = []
+    alternation.alternate({"a": lambda: (counts.append(1), time.sleep(0.001))}, rounds=1, shortest=0.2)
+    assert len(counts) > 3
+    told = []
+    alternation.alternate({"a": lambda: time.sleep(0.002)}, seconds=1.0, least=2, each=told.append, shortest=0.001)
+    assert told == list(range(1, len(told) + 1))
+    assert len(told) > 2
+
+
+def test_ratio_is_of_medians_and_covers_the_truth():
+    random = np.random.default_rng(0)
+    first, second = 2 + 0.1 * random.random(60), 1 + 0.05 * random.random(60)
+    found = alternation.ratio(list(first), list(second))
+    assert found.value == pytest.approx(np.median(first) / np.median(second))
+    assert 1.9 < found.low < found.value < found.high < 2.1
+    equal = alternation.ratio(list(first), list(first))
+    assert equal == alternation.Ratio(1.0, 1.0, 1.0)
+
+
+def test_ratio_keeps_rounds_together():
+    """A disturbance that hits both sides of a round alike leaves the interval narrow."""
+    drift = list(np.linspace(1, 3, 40))
+    found = alternation.ratio([2 * value for value in drift], drift)
+    assert (found.low, found.high) == pytest.approx((2.0, 2.0))
+
+
+def test_pinned_threads_come_back():
+    before = torch.get_num_threads()
+    with pinned(1) as threads:
+        assert threads == torch.get_num_threads() == cores() == 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(UserError, match="--threads is 99999"), pinned(99999):
+        pass
+
+
+def test_matrix_rates_are_plausible():
+    sides, flops = matrix_sides(torch.device("cpu"), ("fp32", "bf16", "int8"), edge=256)
+    assert {"matrix fp32", "matrix bf16"} <= set(sides)
+    assert flops == 2 * 256**3
+    rates = matrix_rates(alternation.alternate(sides, rounds=2, shortest=0.001), flops)
+    assert all(1e8 < rate < 1e14 for rate in rates.values())
+
+
+def test_a_busy_machine_is_said():
+    assert Others.sentence({"idle": True, "others_share": 0.0, "load_before": 0.0}) == ""
+    said = Others.sentence({"idle": False, "others_share": 0.41, "load_before": 3.0})
+    assert "41% of the processor" in said
+    found = Others().result()
+    assert found["others_share"] is None or 0 <= found["others_share"] <= 1.5
+
+
+def test_own_work_does_not_count_as_the_work_of_others():
+    others, end = Others(), time.monotonic() + 0.5
+    while time.monotonic() < end:
+        sum(range(1000))
+    idle_share = others.share()
+    assert idle_share is None or idle_share <= 1.01
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("numpy", "not known"), ("timm,", "cannot be imported"), ("jax", "not known")]
+)
+def test_peers_that_cannot_be_are_refused(name: str, message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=message):
+        peers.wanted(name)
+
+
+def test_transformers_peer_is_the_same_size():
+    config = zoo.config("ViT-Nano/16", (32, 32))
+    model = peers.build("transformers", config, 10).eval()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    ours = zoo.create("ViT-Nano/16", classes=10, image=(32, 32))
+    count = [sum(p.numel() for p in each.parameters()) for each in (model, ours)]
+    assert count[0] == count[1]
+
+
+@pytest.mark.parametrize("name", ["R26+ViT-S/32", "BiT-R50x1"])
+def test_what_no_peer_has_is_refused(name: str):
+    with pytest.raises(UserError, match="plain ViTs"):
+        peers.build("timm", zoo.config(name), 10)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    model: str
+    batch: tuple[int, ...] = (8,)
+    peaks: bool = True
+    json: Path | None = None
+
+
+def test_a_record_holds_its_command_and_no_absolute_path(tmp_path: Path):
+    settings = _Settings(str(tmp_path / "w.safetensors"), (1, 2), False, tmp_path / "out.json")
+    spoken = record.spoken("bench inference", settings)
+    assert spoken == "vitrail bench inference --model w.safetensors --batch 1 2 --no-peaks"
+    record.write(settings.json, record.stamped("x", {"command": spoken}))
+    assert str(tmp_path) not in settings.json.read_text()
+    with pytest.raises(UserError, match="cannot be written"):
+        record.write(settings.json / "deeper.json", {})
+
+
+def test_figures_are_drawn(tmp_path: Path):
+    seconds = {"timm eager fp32": [2.0, 2.1, 2.0], "vitrail auto bf16": [1.0, 1.1, 1.0]}
+    precisions = {side: side.split()[-1] for side in seconds}
+    found = record.lines(seconds, precisions, "timm eager fp32", 8, 1e9, {"bf16": 2e9}, {}, {})
+    assert found[1].rate == 8.0
+    assert found[1].speedup.value == 2.0
+    assert found[1].share == pytest.approx(0.5)
+    assert found[0].share is None
+    what = {"model": "ViT-B/16", "batch": 8, "size": 224, "threads": 2}
+    run = record.Measured(what, "timm eager fp32", {"bf16": 2e9}, found)
+    assert record.table(run).row_count == 2
+    plain = json.loads(json.dumps({"what": what, "reference": run.reference, "lines": [
+        {**vars(line), "speedup": vars(line.speedup)} for line in found]}))  # fmt: skip
+    save(speeds([plain]), tmp_path / "a.png")
+    points = [{"x": x, "seconds": x, "seconds_formula": x, "bytes": x, "bytes_formula": x} for x in (1.0, 2.0)]
+    save(growth({"batch": points}, {"batch": "pictures"}), tmp_path / "b.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    assert (tmp_path / "b.png").stat().st_size > 5000
