@@ -60,7 +60,7 @@ def panes(
     """
     columns = max(len(row) for row in table)
     down, across = (side * length / max(size) for length in size)
-    lines = _lines(caption, columns * across)
+    lines = caption_lines(caption, columns * across)
     figure = Figure(
         figsize=(columns * (across + 0.1) + 0.75 + 0.8 * bool(scale), len(table) * (down + 0.25) + 0.5 + 0.15 * lines),
         layout="constrained",
@@ -80,13 +80,15 @@ def panes(
                 axis.set_xlabel("pixels", color=INK, fontsize=7)
     if scale:
         _scale(figure, list(axes.flat), limits, scale, colours)
-    _caption(figure, caption)
+    add_caption(figure, caption)
     return figure
 
 
 def filters(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], caption: str) -> Figure:
     """For each model, by name: components (k, c, h, w) as tiles, seven a row; beneath, explained variance (all,)."""
-    figure = Figure(figsize=(4.2 * len(panels), 3.9 + 0.17 * _lines(caption, 4.2 * len(panels))), layout="constrained")
+    figure = Figure(
+        figsize=(4.2 * len(panels), 3.9 + 0.17 * caption_lines(caption, 4.2 * len(panels))), layout="constrained"
+    )
     for part, (name, (components, shares)) in zip(_parts(figure, len(panels)), panels.items(), strict=True):
         upper, lower = part.subplots(2, 1, height_ratios=(3, 1))
         upper.imshow(_tiles(components, 7), interpolation="none")
@@ -105,14 +107,14 @@ def filters(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], caption: str) -
         lower.xaxis.set_major_formatter("{x:g}")
         lower.set_xlabel("principal components (log scale)")
         lower.set_ylabel("explained (%)")
-    _caption(figure, caption)
+    add_caption(figure, caption)
     return figure
 
 
 def places(panels: Mapping[str, PlacesAlike], caption: str) -> Figure:
     """For each model, by name: a tile a patch, with that patch's likeness to every other, at its place in the grid."""
     count = len(panels)
-    figure = Figure(figsize=(4.6 * count, 4.5 + 0.17 * _lines(caption, 4.6 * count)), layout="constrained")
+    figure = Figure(figsize=(4.6 * count, 4.5 + 0.17 * caption_lines(caption, 4.6 * count)), layout="constrained")
     for part, (name, alike) in zip(_parts(figure, count), panels.items(), strict=True):
         values, (y, x) = alike.values, alike.values.shape[:2]
         rows, columns = (_spread(length) for length in (y, x))
@@ -138,7 +140,7 @@ def places(panels: Mapping[str, PlacesAlike], caption: str) -> Figure:
         part.supxlabel("column of the patch", color=INK, fontsize=8)
         part.supylabel("row of the patch", color=INK, fontsize=8)
         _scale(part, list(axes.flat), (low, high), alike.unit, ALIKE)
-    _caption(figure, caption)
+    add_caption(figure, caption)
     return figure
 
 
@@ -149,7 +151,9 @@ def distances(
 
     blocks: their numbers from 1, where not all are shown.
     """
-    figure = Figure(figsize=(4.6 * len(panels), 3.5 + 0.17 * _lines(caption, 4.6 * len(panels))), layout="constrained")
+    figure = Figure(
+        figsize=(4.6 * len(panels), 3.5 + 0.17 * caption_lines(caption, 4.6 * len(panels))), layout="constrained"
+    )
     for axis, (name, (found, even)) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
@@ -165,7 +169,7 @@ def distances(
         axis.set_ylabel("mean attention distance (pixels)")
         axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
         axis.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right")
-    _caption(figure, caption)
+    add_caption(figure, caption)
     return figure
 
 
@@ -173,7 +177,7 @@ def data_plane(
     where: Float[np.ndarray, "n 2"], labels: Int[np.ndarray, "n"], classes: Sequence[str], caption: str
 ) -> Figure:
     """A dot a picture, a colour a class."""
-    figure = Figure(figsize=(6.6, 5 + 0.17 * _lines(caption, 6.6)), layout="constrained")
+    figure = Figure(figsize=(6.6, 5 + 0.17 * caption_lines(caption, 6.6)), layout="constrained")
     axis = panel(figure.subplots())
     colours = class_colours(len(classes))
     for label in np.unique(labels):
@@ -188,7 +192,7 @@ def data_plane(
     axis.set_xlabel("t-SNE, first axis (no unit)")
     axis.set_ylabel("t-SNE, second axis (no unit)")
     axis.grid(False)
-    _caption(figure, caption)
+    add_caption(figure, caption)
     return figure
 
 
@@ -297,7 +301,7 @@ def _scale(figure: Figure | SubFigure, axes: list[Axes], limits: tuple[float, fl
     bar.outline.set_visible(False)
 
 
-def _lines(caption: str, inches: float) -> int:
+def caption_lines(caption: str, inches: float) -> int:
     return len(textwrap.wrap(caption, _characters(inches)))
 
 
@@ -305,6 +309,6 @@ def _characters(inches: float) -> int:
     return max(34, int(17.5 * inches))
 
 
-def _caption(figure: Figure, caption: str) -> None:
+def add_caption(figure: Figure, caption: str) -> None:
     wrapped = "\n".join(textwrap.wrap(caption, _characters(figure.get_figwidth() - 0.4)))
     figure.supxlabel(wrapped, x=0.02, ha="left", color=INK, fontsize=8, parse_math=False)
