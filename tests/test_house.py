@@ -57,7 +57,7 @@ def imported(tree: ast.AST) -> set[str]:
     ("package", "homes"),
     [
         ("torch.distributed", {"core/ranks.py"}),
-        ("matplotlib", {"analysis/figures.py", "analysis/figures_inside.py"}),
+        ("matplotlib", {f"analysis/figures{each}.py" for each in ("", "_inside", "_robustness", "_speed")}),
     ],
 )
 def test_few_files_speak_to(package: str, homes: set[str]) -> None:

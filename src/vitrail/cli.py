@@ -21,17 +21,29 @@ VERBS = {
         "vitrail.commands.recipes:run_one",
         "all of one recipe: settings, cost, published results, open questions",
     ),
+    "pack": (
+        "vitrail.commands.pack:run",
+        "pictures shrunk once, read without decoding: the same data, several times as fast",
+    ),
     "predict": ("vitrail.commands.predict:run", "what a model sees in pictures"),
     "evaluate": ("vitrail.commands.evaluate:run", "how often a model is right on labelled pictures"),
     "probe": ("vitrail.commands.probe:run", "how much a frozen model already knows: few-shot, linear, kNN"),
     "vtab": ("vitrail.commands.vtab:run", "VTAB-1k: which tasks are here, and how a model does on them"),
     "explain": ("vitrail.commands.explain:run", "one picture's way through a model, step by step"),
     "figures": ("vitrail.commands.figures:run", "filters, positions, attention, tokens: a look inside"),
+    "robustness": (
+        "vitrail.commands.robustness:run",
+        "what dropped, shuffled, corrupted pictures do to a model, or to two",
+    ),
     "weights": ("vitrail.commands.weights:run", "what a checkpoint is, and what loading does to it"),
+    "export": (
+        "vitrail.commands.export:run",
+        "a model as OpenVINO, ONNX or torch.export file, compared on real pictures",
+    ),
     "convert": ("vitrail.commands.convert:run", "a checkpoint for another library, compared before it is trusted"),
     "verify": ("vitrail.commands.verify:run", "a checkpoint's certificate; or how far two of them differ"),
     "models": ("vitrail.commands.models:run", "the models by name, with their costs; --remote: published weights"),
-    "bench": ("vitrail.commands.bench:run", "measure this machine: bench data"),
+    "bench": ("vitrail.commands.bench:run", "measure this machine: bench inference, training, data"),
 }
 
 

@@ -18,6 +18,7 @@ from rich.text import Text
 from vitrail.analysis.walk import Step
 from vitrail.commands.figures import counted, pair
 from vitrail.commands.predict import find, printable
+from vitrail.commands.reading import called
 from vitrail.core.device import pick_device
 from vitrail.core.errors import UserError
 from vitrail.data.decode import decode
@@ -117,7 +118,7 @@ def run(settings: Settings) -> int:
     costs = pixel_costs(backbone, (pixels.shape[2], pixels.shape[3])) if isinstance(backbone, ViT) else ()
     whole.thumbnail((LONGEST, LONGEST))
     explained = Explained(
-        model=settings.weights.name,
+        model=called(settings.weights),
         described=described(model.config),
         picture=printable(Path(sample.name).name),
         original=np.array(whole.convert("RGB")),

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitrail.commands.predict import Pictures, find
+from vitrail.commands.reading import called
 from vitrail.core.device import pick_device
 from vitrail.core.errors import UserError
 from vitrail.core.runs import write_json
@@ -101,7 +102,7 @@ def run(settings: Settings) -> int:
     )
     subject = Subject(
         model,
-        settings.weights.name,
+        called(settings.weights),
         pixels,
         settings.show,
         counted(settings.layers, backbone.depth, "--layers", "block"),
@@ -226,7 +227,7 @@ def _map(settings: Settings, model: Any, source: Source, classes: tuple[str, ...
     known = bool((labels >= 0).all()) and len(classes) > 1
     alike = neighbours_alike(where, labels) if known else None
     caption = (
-        f"{len(where):,} pictures of {settings.data} by the {spoken(model, 'planned')} of {settings.weights.name}, by "
+        f"{len(where):,} pictures of {settings.data} by the {spoken(model, 'planned')} of {called(settings.weights)}, by "
         "t-SNE: near is alike; sizes of groups and distances between them mean nothing."
     )
     if alike is not None:
