@@ -14,11 +14,16 @@ ROOT = Path(__file__).parents[1]
 BENCH = "PYTHONPATH=bench/peers peers/bin/vitrail bench"
 BOTH = "--against timm,transformers"
 ENGINES = "--engines auto,eager,openvino,onnx --precision fp32,bf16,int8"
+FEWER = "--engines auto,eager,openvino --precision fp32,bf16,int8"
+SHORT = "--precision bf16 --against timm,transformers --no-peaks"
+EAGER = "--engines eager --precision fp32"
 RUNS = {
-    "speed-inference-b16": f"{BENCH} inference --model ViT-B/16 --batch 8 {ENGINES} {BOTH} --seconds 300",
-    "speed-inference-s16": f"{BENCH} inference --model ViT-S/16 --batch 8 1 {ENGINES} {BOTH} --seconds 180",
-    "speed-training-s16": f"{BENCH} training --model ViT-S/16 --batch 8 32 --precision bf16 {BOTH} --seconds 240",
-    "speed-training-ti4": f"{BENCH} training --model ViT-Ti/4 --size 32 --batch 64 --precision bf16 {BOTH} --seconds 120",
+    "speed-eager-b16": f"{BENCH} inference --model ViT-B/16 --batch 8 {EAGER} {BOTH} --seconds 60 --no-peaks",
+    "speed-eager-s16": f"{BENCH} inference --model ViT-S/16 --batch 8 {EAGER} {BOTH} --seconds 45 --no-peaks",
+    "speed-inference-b16": f"{BENCH} inference --model ViT-B/16 --batch 8 {ENGINES} {BOTH} --seconds 240",
+    "speed-inference-s16": f"{BENCH} inference --model ViT-S/16 --batch 8 1 {FEWER} {BOTH} --seconds 90 --no-peaks",
+    "speed-training-s16": f"{BENCH} training --model ViT-S/16 --batch 8 32 {SHORT} --seconds 120",
+    "speed-training-ti4": f"{BENCH} training --model ViT-Ti/4 --size 32 --batch 64 {SHORT} --seconds 60",
 }
 """results/NAME.json: the command that makes it, to be given --json and that name."""
 OTHERS = {

@@ -138,7 +138,7 @@ def test_a_missing_package_is_no_candidate_and_a_sentence(
     from vitrail.inference.choose import candidates
 
     names = [setup.name for setup in candidates("fp32", 4, 2, torch.device("cpu"))]
-    assert names == ["compile", "eager"]
+    assert names == ["eager"]
 
 
 @pytest.mark.parametrize(

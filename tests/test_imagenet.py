@@ -5,6 +5,8 @@ The model's logits are a function of a picture's first pixel alone, so that ever
 
 import functools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,3 +235,30 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             run(replace(asked, data=spec, labels="real"))
     with pytest.raises(UserError, match="has no training pictures, only test"):
         splits.open_data(asked.data)
+
+
+def test_two_processes_count_as_one_does(tmp_path: Path) -> None:
+    """The command under torchrun: ReaL's labels, a picture without a right class, one that cannot be read."""
+    save(model(), tmp_path / "model")
+    none = next(number for number in range(50_000) if not labels.real()[number])
+    for number in (*range(6), none):
+        picture(tmp_path / f"val/ILSVRC2012_val_{number + 1:08}.JPEG", number % 256)
+    (tmp_path / "val/ILSVRC2012_val_00000009.JPEG").write_bytes(b"none")
+    asked = [
+        "evaluate",
+        str(tmp_path / "model"),
+        "--data",
+        f"imagenet:{tmp_path / 'val'}",
+        "--labels",
+        "real",
+        "--json",
+    ]
+    asked += ["--workers", "0", "--batch", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitrail"]
+    one, two = (
+        json.loads(subprocess.run([*start, *asked], capture_output=True, check=True, text=True).stdout)
+        for start in ([sys.executable, "-m", "vitrail"], launch)
+    )
+    assert one == two
+    assert one["count"] == sum(bool(labels.real()[number]) for number in range(6))
+    assert [row["name"] for row in one["unreadable"]] == [str(tmp_path / "val/ILSVRC2012_val_00000009.JPEG")]

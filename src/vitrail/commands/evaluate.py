@@ -17,6 +17,7 @@ from rich.text import Text
 
 from vitrail.commands.predict import printable
 from vitrail.commands.reading import Checkpoint
+from vitrail.core import ranks
 from vitrail.core.device import cores
 from vitrail.core.errors import UserError
 from vitrail.core.runs import read_json
@@ -59,14 +60,20 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
+    """On this process, or under torchrun on all of them: each looks at its share, and the first one tells."""
     if settings.batch < 1:
         raise UserError(f"--batch is {settings.batch}; give at least 1.")
+    with ranks.together(settings.checkpoint.on()):
+        return measured(settings)
+
+
+def measured(settings: Settings) -> int:
     model = settings.checkpoint.classifier(settings.weights)
     found, what, notes = choose(settings.data, settings.split, settings.weights)
     suite = counting(settings, model, found)
     source, names = suite.source, suite.source.classes
     console = Console(stderr=True, soft_wrap=True)
-    for note in (*notes, *suite.notes):
+    for note in (*notes, *suite.notes) if ranks.first() else ():
         console.print(Text(note))
     given = settings.checkpoint
     batch = min(settings.batch, len(source))
@@ -78,9 +85,12 @@ def run(settings: Settings) -> int:
         workers=settings.workers if settings.workers >= 0 else cores(),
     )
     tally = suite.measure(model, loader, device=given.on(), precision="fp32" if of else given.autocast, of=of)
-    if len(loader.problems) == len(source):
+    problems = {place: why for part in ranks.gather_objects(loader.problems) for place, why in part.items()}
+    if len(problems) == len(source):
         raise UserError(f"None of the {len(source)} pictures of {settings.data} could be read; check the files.")
-    rows = suite.rows(tally, len(source) - len(loader.problems))
+    rows = suite.rows(tally, len(source) - len(problems))
+    if not ranks.first():
+        return 0
     if settings.json:
         result = {
             "weights": str(settings.weights),
@@ -93,8 +103,7 @@ def run(settings: Settings) -> int:
             "fingerprint": found.fingerprint,
             "count": tally.count,
             "unreadable": [
-                {"name": printable(source[i].name), "reason": printable(why)}
-                for i, why in sorted(loader.problems.items())
+                {"name": printable(source[i].name), "reason": printable(why)} for i, why in sorted(problems.items())
             ],
             "rows": [asdict(row) for row in rows],
             **(details(tally, names, source) if suite.right is None else {}),
@@ -105,7 +114,7 @@ def run(settings: Settings) -> int:
     out.print(Text(f"{settings.weights} on {settings.data}, {what}: {tally.count:,} pictures", "bold"), soft_wrap=True)
     for row in rows:
         out.print(f"  {row.name:<24}{spoken(row)}", markup=False, soft_wrap=True)
-    out.print(f"  {'unreadable':<24}{len(loader.problems)} of {len(source):,}")
+    out.print(f"  {'unreadable':<24}{len(problems)} of {len(source):,}")
     if suite.right is None:
         out.print(table(tally, names))
     return 0

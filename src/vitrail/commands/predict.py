@@ -56,7 +56,7 @@ class Settings:
     """Pictures looked at together."""
     workers: int = -1
     """Processes that decode pictures; -1: one a core, or none where there is a single batch."""
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(engine="auto"))
 
 
 class Files(Sequence[Sample]):

@@ -1,7 +1,7 @@
 """`--engine auto`: the engines that are there, measured once for this model, batch and machine, and remembered.
 
-Unusual: where OpenVINO is installed, torch.compile and ONNX Runtime are no candidates on a CPU. Each takes longer to set
-up than all measurements together, and neither has been seen to win there (docs/speed.md); ask for them by name.
+Unusual: on a CPU torch.compile is no candidate, and ONNX Runtime only where OpenVINO is not installed. Each takes longer to
+set up than all measurements together; ask for them by name. docs/speed.md has what they reach.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,7 @@ def candidates(precision: EnginePrecision, batch: int, threads: int, device: tor
         for one in precisions:
             found += [Setup("openvino", one, count) for count in dict.fromkeys(streams)]  # type: ignore[arg-type]
     elif precision != "int8":
-        found += [Setup(name, precision) for name in ("compile", "onnx") if installed(name)]
-        found = [replace(one, precision="fp32") if one.name == "onnx" else one for one in found]
+        found += [Setup("onnx", "fp32")] if installed("onnx") else []
     return found + ([Setup("eager", precision)] if precision != "int8" else [])
 
 

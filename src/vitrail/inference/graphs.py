@@ -106,7 +106,7 @@ def traced(
         dims[2] = multiple[0] * torch.export.Dim("y", min=2)
         dims[3] = multiple[1] * torch.export.Dim("x", min=2)
     shape = (2, model.preprocess.channels, *size)
-    with evaluating(model), pooled_only(model), quiet():
+    with evaluating(model), quiet():
         example = torch.zeros(shape, dtype=torch.uint8 if pixels else torch.float32)
         try:
             return torch.export.export(model, (example,), dynamic_shapes=(dims,))
@@ -115,20 +115,6 @@ def traced(
             raise UserError(
                 f"this model cannot be traced for every size or batch ({said}); give one of --sizes."
             ) from error
-
-
-@contextlib.contextmanager
-def pooled_only(model: Asked) -> Iterator[None]:
-    """Inside, a classifier's last block leaves out the tokens that its pool does not look at: the same in real numbers."""
-    kept = getattr(getattr(model, "model", None), "pooled_only", None)
-    if kept is None:
-        yield
-        return
-    setattr(model.model, "pooled_only", True)  # noqa: B010, a backbone has none
-    try:
-        yield
-    finally:
-        setattr(model.model, "pooled_only", kept)  # noqa: B010
 
 
 def openvino_model(model: Asked, size: tuple[int, int], pixels: bool = False) -> Any:

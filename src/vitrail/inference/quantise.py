@@ -33,7 +33,7 @@ from vitrail.inference.openvino import graph_key, package_version
 FORMAT = 1
 """Part of the cache's key: raise it when the same pictures give another int8 model."""
 PICTURES = 300
-"""How many are looked at to calibrate; more change nothing that can be measured."""
+"""How many are looked at to calibrate, NNCF's own number."""
 LIMIT = 0.5
 """Points of top-1 accuracy that int8 may cost."""
 Z = 1.959963984540054
@@ -67,7 +67,7 @@ def quantise(
     whole = asked(model)
     size = size or whole.preprocess.size
     pixels = _first(pictures)
-    if pixels.shape[2:] != size:
+    if (pixels.shape[2], pixels.shape[3]) != size:
         raise UserError(
             f"int8 for pictures of {size[0]} x {size[1]} cannot be calibrated on pictures of "
             f"{pixels.shape[2]} x {pixels.shape[3]}; give both the same size."

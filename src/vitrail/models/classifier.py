@@ -97,8 +97,7 @@ class Classifier(nn.Module):
     """Made by `vitrail.create`, or by `vitrail.load`.
 
     labels: the classes' names, in the logits' order; empty where they have none.
-    pooled_only: whether the last block leaves out the tokens that the pool does not look at (about 0.8 of a block's work
-        for a class token). Training always does; set it for evaluation too, where the last bits may then differ.
+    Where only prefix tokens are pooled, the last block computes no others: 0.8 of its work for a class token.
     """
 
     def __init__(
@@ -119,7 +118,6 @@ class Classifier(nn.Module):
         self.pool = pool
         self.pool_norm = norm
         self.head = head
-        self.pooled_only = False
 
     def initialize(self, generator: torch.Generator) -> None:
         """The official initialisation, in place; the generator must be on the parameters' device."""
@@ -153,9 +151,9 @@ class Classifier(nn.Module):
     def _features(self, images: Float[Tensor, "b c h w"]) -> Features:
         backbone = self.backbone
         of_prefix = isinstance(self.pool, (ClassTokenPool, PrefixPool))
-        if of_prefix and isinstance(backbone, ViT) and not backbone.merge and (self.training or self.pooled_only):
-            return backbone.prefix_features(images)
-        return backbone.features(images)
+        return (
+            backbone.prefix_features(images) if of_prefix and isinstance(backbone, ViT) else backbone.features(images)
+        )
 
     def layer_of(self, parameter: str) -> int:
         """As the backbone's; pool and head come after the last block."""
