@@ -58,7 +58,7 @@ def test_import_vitrail_imports_no_torch_and_hands_on_its_names() -> None:
         "print(*[getattr(vitrail, name).__name__ for name in vitrail.__all__])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["create", "fit", "load", "load_backbone", "read", "save"]
+    assert done.stdout.split() == ["create", "engine", "fit", "load", "load_backbone", "read", "save"]
 
 
 def test_python_m_vitrail_and_the_script_are_the_same() -> None:

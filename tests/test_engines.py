@@ -265,3 +265,25 @@ def test_nothing_is_sent() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+SIGNALLED = """
+import gc, os, signal, sys
+import torch, vitrail
+model = vitrail.create("ViT-Ti/16", classes=3, image=(32, 32)).eval()
+images = torch.zeros(2, 3, 32, 32)
+first, second = (vitrail.engine(model, "openvino", precision, batch=2) for precision in ("fp32", "bf16"))
+first(images), second(images)
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGINT, lambda *given: print("asked to stop"))
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_a_signal_is_met_after_engines_have_gone(tmp_path: Path) -> None:
+    environment = {**os.environ, "VITRAIL_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "asked to stop\n"), done.stderr

@@ -14,7 +14,7 @@ from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
 from vitrail.inference.agreement import sample_pictures
 from vitrail.inference.export import export, sizes_from
-from vitrail.inference.graphs import Asked, import_openvino
+from vitrail.inference.graphs import Asked, openvino_core
 from vitrail.models.classifier import Classifier, ClassifierConfig
 from vitrail.models.resnet import ResNetConfig, TrunkConfig
 from vitrail.models.vit import ViTConfig
@@ -44,7 +44,7 @@ def classifier(backbone: ViTConfig | ResNetConfig = SMALL, pool: Any = "class", 
 def ask(target: str, path: Path, images: Tensor) -> Tensor:
     """What the file answers, by the runtime alone."""
     if target == "openvino":
-        compiled = import_openvino().Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return torch.from_numpy(compiled([images.numpy()])[0].copy())
     if target == "onnx":
         import onnxruntime
@@ -57,7 +57,7 @@ def ask(target: str, path: Path, images: Tensor) -> Tensor:
 def said(target: str, path: Path) -> dict[str, Any]:
     """The metadata, by the runtime alone."""
     if target == "openvino":
-        return json.loads(import_openvino().Core().read_model(path).get_rt_info(["vitrail"]).astype(str))
+        return json.loads(openvino_core().read_model(path).get_rt_info(["vitrail"]).astype(str))
     if target == "onnx":
         import onnxruntime
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.benchmark.alternation import Side
-from vitrail.inference.graphs import import_openvino, quiet
+from vitrail.inference.graphs import import_openvino, openvino_core, quiet
 
 TRIALS = 3
 
@@ -54,7 +54,7 @@ def _streams(openvino: Any, graph: Any, pixels: np.ndarray, streams: int, precis
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else "bf16",
     }
-    compiled = openvino.Core().compile_model(graph, "CPU", told)
+    compiled = openvino_core().compile_model(graph, "CPU", told)
     queue = openvino.AsyncInferQueue(compiled, streams)
     parts = np.array_split(pixels, min(streams, len(pixels)))
     answers: list[Any] = [None] * len(parts)

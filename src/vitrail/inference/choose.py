@@ -26,7 +26,7 @@ from vitrail.core.values import from_json, to_json
 from vitrail.inference.agreement import compare, sample_pictures
 from vitrail.inference.engines import COMPARED, PACKAGES, Engine, build, installed
 from vitrail.inference.features import Model, merging
-from vitrail.inference.graphs import Asked, asked, import_openvino
+from vitrail.inference.graphs import Asked, asked, openvino_core
 from vitrail.inference.openvino import FORMAT, EnginePrecision, Setup, package_version
 
 ROUNDS = 7
@@ -119,8 +119,7 @@ def candidates(precision: EnginePrecision, batch: int, threads: int, device: tor
 
 def has_bf16() -> bool:
     """Whether the processor multiplies matrices in bf16."""
-    core = import_openvino().Core()
-    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from vitrail.inference.graphs import (
     import_openvino,
     needed,
     onnx_model,
+    openvino_core,
     quiet,
     taking_pixels,
     traced,
@@ -217,7 +218,7 @@ def write_openvino(
     graph.set_rt_info(said, [KEY])
     openvino.save_model(graph, path, compress_to_fp16=False)
     setup = Setup("openvino", "int8" if quantised is not None else "fp32")
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": OpenVino.hint(setup.precision)})
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": OpenVino.hint(setup.precision)})
     return lambda images: torch.from_numpy(compiled([images.numpy()])[0].copy())
 
 

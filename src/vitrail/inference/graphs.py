@@ -5,6 +5,7 @@ that is missing. `import_openvino` makes it missing, so it is the only way in to
 """
 
 import contextlib
+import functools
 import importlib
 import logging
 import sys
@@ -89,6 +90,19 @@ def import_openvino(flag: str = "--engine openvino") -> Any:
     if "openvino" not in sys.modules:
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return needed("openvino", flag)
+
+
+def openvino_core(flag: str = "--engine openvino") -> Any:
+    """The one openvino.Core of this process, which stays to its end. Raises UserError if openvino is missing."""
+    import_openvino(flag)
+    return _core()
+
+
+@functools.cache
+def _core() -> Any:
+    # Each Core gives the main thread a stack for signals and sets the earlier one again when it goes: of two whose lives
+    # overlap, the later one to go leaves a stack that is no longer there, and the next signal, Ctrl-C's, is a crash.
+    return import_openvino().Core()
 
 
 def traced(

@@ -21,7 +21,7 @@ from torch import Tensor
 from vitrail.core.errors import UserError
 from vitrail.core.values import to_json
 from vitrail.inference.features import merging, weights_hash
-from vitrail.inference.graphs import Asked, import_openvino, openvino_model, taking_pixels
+from vitrail.inference.graphs import Asked, import_openvino, openvino_core, openvino_model, taking_pixels
 
 EnginePrecision = Literal["fp32", "bf16", "int8"]
 FORMAT = 1
@@ -108,7 +108,7 @@ class OpenVino:
             graph = self.graphs[size]
             if dtype == torch.uint8:
                 graph = taking_pixels(self.openvino, graph, self.preprocess)
-            compiled = self.openvino.Core().compile_model(graph, "CPU", self.properties())
+            compiled = openvino_core().compile_model(graph, "CPU", self.properties())
             requests = self.openvino.AsyncInferQueue(compiled, self.setup.streams)
             self.queues[dtype, size] = requests, compiled.output(0).partial_shape[1].get_length()
         return self.queues[dtype, size]
@@ -129,7 +129,7 @@ class OpenVino:
                 shutil.rmtree(part, ignore_errors=True)  # full, not to be written, or made by another process just now
                 return made
         try:
-            return self.openvino.Core().read_model(folder / "model.xml")
+            return openvino_core().read_model(folder / "model.xml")
         except RuntimeError:
             shutil.rmtree(folder, ignore_errors=True)  # damaged
             return openvino_model(self.model, size)

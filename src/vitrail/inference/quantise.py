@@ -27,7 +27,7 @@ from torch import Tensor
 from vitrail.core.errors import UserError
 from vitrail.core.values import to_json
 from vitrail.inference.features import Model
-from vitrail.inference.graphs import Asked, asked, import_openvino, needed, openvino_model, quiet
+from vitrail.inference.graphs import Asked, asked, import_openvino, needed, openvino_core, openvino_model, quiet
 from vitrail.inference.openvino import graph_key, package_version
 
 FORMAT = 1
@@ -73,10 +73,11 @@ def quantise(
             f"{pixels.shape[2]} x {pixels.shape[3]}; give both the same size."
         )
     openvino = import_openvino("--precision int8")
+    openvino_core()  # before those that nncf makes and lets go
     folder = None if cache is None else cache / quantised_key(whole, pixels, size)
     if folder is not None and (folder / "model.xml").exists():
         try:
-            return Quantised(openvino.Core().read_model(folder / "model.xml"), size, pixels.shape[0])
+            return Quantised(openvino_core().read_model(folder / "model.xml"), size, pixels.shape[0])
         except RuntimeError:
             shutil.rmtree(folder, ignore_errors=True)  # damaged
     made = _quantised(openvino_model(whole, size), whole.preprocess.normalize, pixels, progress)
