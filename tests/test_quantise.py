@@ -57,7 +57,9 @@ def test_a_model_in_int8_answers_nearly_alike_and_is_kept(tmp_path: Path) -> Non
     torch.testing.assert_close(engine(model, "openvino", "int8", quantised=again, cache=tmp_path)(unseen), after)
     products = [node for node in made.model.get_ops() if node.get_type_name() == "MatMul"]
     free = [node for node in products if not any(_quantised(source) for source in node.inputs())]
-    assert len(free) >= 4  # two a block: similarities, and the sums of merged tokens
+    assert (
+        len(free) >= 2
+    )  # of the first of two blocks: similarities, and sums of merged tokens; the last merges nothing
     folders[0].write_text("<net")
     assert isinstance(quantise(model, [seen], cache=tmp_path), Quantised)
 
