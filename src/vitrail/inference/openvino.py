@@ -152,7 +152,7 @@ class OpenVino:
 
 def graph_key(model: Asked, size: tuple[int, int]) -> str:
     """What a graph is kept under: all that decides it, hex digits."""
-    versions = [torch.__version__, *(package_version(name) for name in ("openvino",))]
+    versions = [torch.__version__, package_version("openvino")]
     parts = [FORMAT, weights_hash(model.model), merging(model.model), model.reading, size, versions]
     return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
 
