@@ -5,8 +5,6 @@ a map, (heads x t x t), is computed again from them when it is asked for, a laye
 goes over all layers holds one map at once, at 1024 pixels too. The pass itself is the model's own, fused attention and all.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Features, Positions
+from vitrail.inference.predict import evaluating
 from vitrail.layers.attention import attention_map
 from vitrail.layers.heads import AttentionPool
 from vitrail.layers.transformer import Block
@@ -145,18 +144,6 @@ def normalized(model: Model, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor,
 def joined(features: Features) -> Float[Tensor, "b t d"]:
     """Prefix and patch tokens in one row, as the blocks have them."""
     return torch.cat([features.prefix, features.tokens], dim=1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode inside; each module comes out in the mode that it went in with."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _probe_map(pool: nn.Module, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b heads n"]:

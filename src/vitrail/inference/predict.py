@@ -4,6 +4,7 @@ What `predict` hands out is exact in number: rows that only fill a batch up are 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,18 @@ class Prediction:
     index: Int[Tensor, "b"]
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode inside; each module comes out in the mode that it went in with."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def predict(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -55,18 +68,13 @@ def predict(
     if progress and (console.is_terminal or console.is_jupyter):
         total = len(batches) if isinstance(batches, Sized) else None
         batches = track(batches, "looking", total=total, console=console, transient=True)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             with torch.inference_mode(), autocast(device, precision):
                 logits = ask(batch.views[0].to(device, non_blocking=True)).float().cpu()
             valid = batch.valid.cpu()
             targets = None if batch.targets is None else batch.targets.values.cpu()[valid]
             yield Prediction(logits[valid], targets, batch.index.cpu()[valid])
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def broken(logits: Float[Tensor, "b k"]) -> list[int]:
