@@ -19,6 +19,9 @@ from vitrail.core.errors import UserError
 
 BUSY = 0.05
 """The share of the machine that others may use before a measurement is called disturbed."""
+TICKS = 50
+"""Of the system's clock, that have to pass before a share is told: it counts in whole ticks of every core, so that over a
+shorter time a single one of somebody else's looks like a crowd."""
 
 
 def machine() -> dict[str, Any]:
@@ -74,13 +77,13 @@ class Others:
         self._begun, self._own, self._busy = time.monotonic(), _own_seconds(), _busy_seconds()
 
     def share(self) -> float | None:
-        """Of all cores, the share that others used since this was made; None where the system does not say."""
-        busy = _busy_seconds()
-        if busy is None or self._busy is None:
+        """Of all cores, the share that others used since this was made, 0 to 1; None where the system does not say, or too
+        little time has passed to tell."""
+        busy, passed = _busy_seconds(), time.monotonic() - self._begun
+        if busy is None or self._busy is None or passed < TICKS / os.sysconf("SC_CLK_TCK"):
             return None
-        passed = max(time.monotonic() - self._begun, 1e-9)
         used = busy - self._busy - (_own_seconds() - self._own)
-        return max(0.0, used / (passed * (os.cpu_count() or 1)))
+        return min(max(0.0, used / (passed * (os.cpu_count() or 1))), 1.0)
 
     def result(self) -> dict[str, Any]:
         """For the record: the share, the load, and whether the machine counts as idle."""
