@@ -23,7 +23,7 @@ from torch import nn
 
 from vitrail.benchmark import inference, peers, record, training
 from vitrail.benchmark.alternation import alternate, ratio
-from vitrail.benchmark.machine import machine, matrix_rates, matrix_sides
+from vitrail.benchmark.machine import machine, matrix_products
 from vitrail.benchmark.subject import subject
 
 NOMINAL = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -109,8 +109,8 @@ def libraries() -> list[str]:
 
 def matrix(sitting: Sitting) -> dict[str, Any]:
     """Measured products in each precision, on random data, and the nominal bf16 rate."""
-    sides, flops = matrix_sides(sitting.device, ("fp32", "bf16", "int8"), 128 if sitting.settings.rehearse else 0)
-    rates = matrix_rates(alternate(sides, rounds=sitting.settings.rounds), flops)
+    products = matrix_products(sitting.device, ("fp32", "bf16", "int8"), 128 if sitting.settings.rehearse else 0)
+    rates = products.rates(alternate(products.sides, rounds=sitting.settings.rounds))
     sitting.found["matrix"] = rates
     name = torch.cuda.get_device_name() if sitting.device.type == "cuda" else ""
     nominal = next((rate for kind, rate in NOMINAL.items() if kind in name), None)
@@ -130,9 +130,9 @@ def train(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
         peaks[library] = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-    products, products_flops = matrix_sides(device, ("bf16",), 128 if sitting.settings.rehearse else 0)
-    seconds = alternate({**sides, **products}, rounds=sitting.settings.rounds, shortest=0.2)
-    flops, rate = training.flops(model, batch), matrix_rates(seconds, products_flops)["bf16"]
+    products = matrix_products(device, ("bf16",), 128 if sitting.settings.rehearse else 0)
+    seconds = alternate({**sides, **products.sides}, rounds=sitting.settings.rounds, shortest=0.2)
+    flops, rate = training.flops(model, batch), products.rates(seconds)["bf16"]
     nominal = sitting.found["parts"].get("matrix", {}).get("nominal_bf16")
     return {
         "batch": batch,
@@ -187,9 +187,9 @@ def infer(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
     work = inference.Work(name, batch, side, torch.get_num_threads(), str(sitting.device))
     model = work.build()
     sides = {one: inference.side(one, work, model, tuple(found))[0] for one in wanted}
-    products, products_flops = matrix_sides(sitting.device, ("bf16",), 128 if sitting.settings.rehearse else 0)
-    seconds = alternate({**sides, **products}, rounds=sitting.settings.rounds, shortest=0.2)
-    rate = matrix_rates(seconds, products_flops)["bf16"]
+    products = matrix_products(sitting.device, ("bf16",), 128 if sitting.settings.rehearse else 0)
+    seconds = alternate({**sides, **products.sides}, rounds=sitting.settings.rounds, shortest=0.2)
+    rate = products.rates(seconds)["bf16"]
     flops = 2.0 * model.config.backbone.macs() * batch
     ours = min((one for one in sides if one.startswith("vitrail")), key=lambda one: sum(seconds[one]))
     return {

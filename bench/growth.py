@@ -19,7 +19,7 @@ import torch
 
 from vitrail.benchmark import planning, record, training
 from vitrail.benchmark.alternation import alternate
-from vitrail.benchmark.machine import matrix_rates, matrix_sides, pinned
+from vitrail.benchmark.machine import matrix_products, pinned
 from vitrail.experiments.costs import resident
 from vitrail.models.classifier import ClassifierConfig
 from vitrail.models.vit import ViTConfig
@@ -128,9 +128,9 @@ def measure(point: dict[str, Any], rounds: int, threads: int) -> int:
         step()
         step()
         peak = resident("VmHWM")  # before the matrices below
-        products, flops = matrix_sides(torch.device("cpu"), (point["precision"],))
-        seconds = alternate({"step": step, **products}, rounds=rounds, shortest=0.0)
-    rate = matrix_rates(seconds, flops)[point["precision"]]
+        products = matrix_products(torch.device("cpu"), (point["precision"],))
+        seconds = alternate({"step": step, **products.sides}, rounds=rounds, shortest=0.0)
+    rate = products.rates(seconds)[point["precision"]]
     times = sorted(seconds["step"])
     step_flops = training.flops(model, point["batch"]) * (4 / 3 if point["checkpointing"] else 1)
     print(json.dumps({"seconds": times[len(times) // 2], "bytes": peak, "rate": rate, "flops": step_flops}))

@@ -13,7 +13,7 @@ import torch
 from vitrail.analysis.figures import save
 from vitrail.analysis.figures_speed import growth, speeds
 from vitrail.benchmark import alternation, machine, peers, record
-from vitrail.benchmark.machine import Others, matrix_rates, matrix_sides, pinned
+from vitrail.benchmark.machine import Others, matrix_products, pinned
 from vitrail.core.device import cores
 from vitrail.core.errors import UserError
 from vitrail.weights import zoo
@@ -67,11 +67,28 @@ def test_pinned_threads_come_back():
 
 
 def test_matrix_rates_are_plausible():
-    sides, flops = matrix_sides(torch.device("cpu"), ("fp32", "bf16", "int8"), edge=256)
-    assert {"matrix fp32", "matrix bf16"} <= set(sides)
-    assert flops == 2 * 256**3
-    rates = matrix_rates(alternation.alternate(sides, rounds=2, shortest=0.001), flops)
+    products = matrix_products(torch.device("cpu"), ("fp32", "bf16", "int8"), edge=256)
+    assert {"matrix fp32", "matrix bf16"} <= set(products.sides)
+    assert set(products.flops.values()) == {2 * 256**3}
+    rates = products.rates(alternation.alternate(products.sides, rounds=2, shortest=0.001))
+    assert rates.keys() == {name.removeprefix("matrix ") for name in products.sides}
     assert all(1e8 < rate < 1e14 for rate in rates.values())
+
+
+def test_matrices_are_small_where_a_product_is_slow(monkeypatch: pytest.MonkeyPatch):
+    """A processor that does 1 GFLOP/s in bf16 and 1,000 in fp32: 2048 x 2048 would take it 17 seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clock[0])
+
+    def product(edge: int, precision: str, device: torch.device) -> alternation.Side:
+        def side() -> None:
+            clock[0] += 2 * edge**3 / (1e9 if precision == "bf16" else 1e12)
+
+        return side
+
+    monkeypatch.setattr(machine, "_product", product)
+    products = matrix_products(torch.device("cpu"), ("fp32", "bf16"))
+    assert products.flops == {"matrix fp32": 2 * 2048**3, "matrix bf16": 2 * 512**3}
 
 
 def test_a_busy_machine_is_said():

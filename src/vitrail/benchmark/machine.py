@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vitrail.benchmark.alternation import Side
 from vitrail.core.device import cores, memory
@@ -19,6 +18,8 @@ from vitrail.core.errors import UserError
 
 BUSY = 0.05
 """The share of the machine that others may use before a measurement is called disturbed."""
+LONGEST = 0.4
+"""Seconds that a bare matrix product takes at most, roughly."""
 TICKS = 50
 """Of the system's clock, that have to pass before a share is told: it counts in whole ticks of every core, so that over a
 shorter time a single one of somebody else's looks like a crowd."""
@@ -101,37 +102,57 @@ class Others:
         return f"The machine was not idle: others used {used} meanwhile, so take these numbers as a hint."
 
 
-def matrix_sides(device: torch.device, precisions: tuple[str, ...], edge: int = 0) -> tuple[dict[str, Side], float]:
-    """A bare product of two random square matrices in each precision, as sides to measure; and its FLOPs.
+@dataclass(frozen=True)
+class Products:
+    """Bare products of two random square matrices, by "matrix PRECISION": as sides to measure, and the FLOPs of each."""
 
-    Precisions that torch has no product for on this device are left out. edge: 2048 on a CPU, 8192 on a GPU.
+    sides: dict[str, Side]
+    flops: dict[str, float]
+
+    def rates(self, seconds: dict[str, list[float]]) -> dict[str, float]:
+        """Operations a second in each precision, from the medians of these sides' turns."""
+        middle = {name: sorted(seconds[name])[len(seconds[name]) // 2] for name in self.sides}
+        return {name.removeprefix("matrix "): self.flops[name] / time for name, time in middle.items()}
+
+
+def matrix_products(device: torch.device, precisions: tuple[str, ...], edge: int = 0) -> Products:
+    """In each precision that torch has a product for on this device.
+
+    edge: 0 is 2048 on a CPU and 8192 on a GPU, or the power of two below it at which a product takes LONGEST: where the
+    processor has no such units, it is imitated at a hundredth of the speed.
     """
-    edge = edge or (8192 if device.type == "cuda" else 2048)
-    generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(edge, edge, generator=generator) for _ in range(2))
-    sides: dict[str, Side] = {}
+    most = edge or (8192 if device.type == "cuda" else 2048)
+    made = Products({}, {})
     for precision in precisions:
-        if precision == "int8":
-            pair = [(each * 40).clamp(-127, 127).to(torch.int8).to(device) for each in (first, second)]
-            side = _product(pair[0], pair[1], torch._int_mm, device)
-            try:
+        length = edge or 256
+        side = _product(length, precision, device)
+        try:
+            side()
+            while length < most and _seconds(side) < LONGEST / 8:  # twice the edge, eight times the work
+                length *= 2
+                side = _product(length, precision, device)
                 side()
-            except (RuntimeError, NotImplementedError):
-                continue
-        else:
-            kind = torch.bfloat16 if precision == "bf16" else torch.float32
-            side = _product(first.to(device, kind), second.to(device, kind), torch.mm, device)
-        sides[f"matrix {precision}"] = side
-    return sides, 2.0 * edge**3
+        except (RuntimeError, NotImplementedError):
+            continue
+        made.sides[f"matrix {precision}"], made.flops[f"matrix {precision}"] = side, 2.0 * length**3
+    return made
 
 
-def matrix_rates(seconds: dict[str, list[float]], flops: float) -> dict[str, float]:
-    """Operations a second in each precision, from the medians of `matrix_sides`' turns."""
-    middle = {name: sorted(times)[len(times) // 2] for name, times in seconds.items() if name.startswith("matrix ")}
-    return {name.removeprefix("matrix "): flops / time for name, time in middle.items()}
+def _seconds(side: Side) -> float:
+    begun = time.perf_counter()
+    side()
+    return time.perf_counter() - begun
 
 
-def _product(first: Tensor, second: Tensor, multiply: Any, device: torch.device) -> Side:
+def _product(edge: int, precision: str, device: torch.device) -> Side:
+    generator = torch.Generator().manual_seed(0)
+    pair = [torch.randn(edge, edge, generator=generator) for _ in range(2)]
+    if precision == "int8":
+        first, second = ((each * 40).clamp(-127, 127).to(torch.int8).to(device) for each in pair)
+    else:
+        first, second = (each.to(device, torch.bfloat16 if precision == "bf16" else torch.float32) for each in pair)
+    multiply: Any = torch._int_mm if precision == "int8" else torch.mm
+
     def side() -> None:
         multiply(first, second)
         if device.type == "cuda":

@@ -104,7 +104,7 @@ def carry_out(verb: str, settings: Any, sides: list[str], build: Callable[[int, 
     import torch
 
     from vitrail.benchmark import alone, record
-    from vitrail.benchmark.machine import Others, matrix_rates, matrix_sides, pinned
+    from vitrail.benchmark.machine import Others, matrix_products, pinned
 
     err, out = Console(stderr=True, soft_wrap=True), Console(highlight=False)
     precisions = {side: side.split()[-1] for side in sides}
@@ -115,11 +115,11 @@ def carry_out(verb: str, settings: Any, sides: list[str], build: Callable[[int, 
                 err.print(f"Setting up {len(sides)} sides for batch {batch} ...")
                 made, chosen, flops, what, pixels = build(batch, size, threads)
                 kinds = tuple(dict.fromkeys(precisions.values()))
-                matrix, matrix_flops = matrix_sides(torch.device(device), kinds)
+                products = matrix_products(torch.device(device), kinds)
                 others = Others()
-                seconds = turns({**made, **matrix}, settings.seconds, err)
+                seconds = turns({**made, **products.sides}, settings.seconds, err)
                 quiet = others.result()
-                rates = matrix_rates(seconds, matrix_flops)
+                rates = products.rates(seconds)
                 del made
                 peaks = {}
                 if settings.peaks:
