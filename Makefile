@@ -4,6 +4,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?=
+# Two test processes, a file of tests each at a time.
+WORKERS ?= --numprocesses=2 --dist=loadfile
 
 .PHONY: demo test lint types contract tests tests-unhooked clean
 .DELETE_ON_ERROR:
@@ -24,10 +26,10 @@ contract: .venv/ready-dev
 	.venv/bin/lint-imports --no-logo
 
 tests: .venv/ready-dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(WORKERS)
 
 tests-unhooked: .venv/ready-dev
-	VITRAIL_TEST_PASS=unhooked .venv/bin/python -m pytest
+	VITRAIL_TEST_PASS=unhooked .venv/bin/python -m pytest $(WORKERS)
 
 .venv/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "Python is missing: install the package python3 (3.11 or newer)."; exit 2; }

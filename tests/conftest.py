@@ -1,11 +1,19 @@
 """The test run checks every shape that a signature states.
 
 The import hook and torch.compile do not mix, so tests marked `unhooked` run in a second pass: `VITRAIL_TEST_PASS=unhooked`.
+
+Each test process computes on one thread: the models are tiny, and threads that wait for each other by spinning on cores
+that another process holds make minutes of seconds.
 """
 
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
+import torch
+
+torch.set_num_threads(1)
 
 UNHOOKED = os.environ.get("VITRAIL_TEST_PASS") == "unhooked"
 
