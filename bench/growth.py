@@ -60,6 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[*SERIES, "beside"], action="append", help="some of the series")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default=START["precision"], help="of all series")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "growth.json")
@@ -74,19 +75,22 @@ def main() -> int:
     for name, values in SERIES.items():
         if name in wanted:
             chosen = values[:2] if settings.quick else values
-            points = [{**START, **FEWER.get(name, {}), name: value} for value in chosen]
+            start = {**START, "precision": settings.precision, **FEWER.get(name, {})}
+            points = [{**start, name: value} for value in chosen]
             series[name] = [found(point, x(name, point), settings) for point in points]
             first = series[name][0]
             # The share of the matrix rate that the first point reaches, held for all of them.
             share = first["flops"] / first["rate"] / first["seconds"]
             for each in series[name]:
                 each["seconds_formula"] = each["flops"] / each["rate"] / share
-    beside = [found({**START, **change}, 0, settings) for change in BESIDE] if "beside" in wanted else []
+    measured = [point["settings"] for points in series.values() for point in points]
+    others = [{**START, "precision": settings.precision, **change} for change in BESIDE] if "beside" in wanted else []
+    beside = [found(point, 0, settings) for point in others if point not in measured]
     every = [*(point for points in series.values() for point in points), *beside]
     worst = max(every, key=lambda point: abs(point["bytes_formula"] / point["bytes"] - 1))
     off = worst["bytes_formula"] / worst["bytes"] - 1
     print(f"memory: {len(every)} points, the worst {off:+.1%} (limit {CLOSE:.0%})")
-    command = "python bench/growth.py" + " --quick" * settings.quick
+    command = f"python bench/growth.py --precision {settings.precision}" + " --quick" * settings.quick
     written = {"command": command, "worst": off, "limit": CLOSE, "series": series, "beside": beside}
     record.write(settings.out, record.stamped("growth", written))
     if settings.plot and series:

@@ -1,13 +1,17 @@
 """Token merging's curve of accuracy against speed: `python bench/merging.py dinov2s.pt imagenette-small`; --quick tries it.
 
 At equal precision, fp32 by eager PyTorch and int8 by OpenVINO: the model with R patch tokens merged in each block, for
-each R, beside the same without. A linear head is fitted once, to the unmerged fp32 class tokens of the training pictures,
-and never again: what is lost is what a person loses who switches merging on. int8 is calibrated on training pictures.
+each R, beside the same without. Two linear heads answer. One is fitted once, to the unmerged fp32 class tokens of the
+training pictures: what it loses is what a person loses who switches merging on under a finished classifier. The other is
+fitted to the class tokens of the merged fp32 model, as `vitrail probe --merge R` does it. int8 is calibrated on training
+pictures.
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import measure
 import torch
@@ -18,7 +22,7 @@ from vitrail.core.types import Source
 from vitrail.core.values import to_json
 from vitrail.data.splits import open_data
 from vitrail.data.transforms import Transform
-from vitrail.evaluation.linear import linear
+from vitrail.evaluation.linear import Linear, linear
 from vitrail.inference.engines import Engine, Setup, build, engine_cache
 from vitrail.inference.features import FeatureTable, extract
 from vitrail.inference.graphs import Asked
@@ -54,20 +58,20 @@ def main() -> int:
     def features(source: Source, of: Engine | None = None) -> FeatureTable:
         return extract(backbone, source, backbone.preprocess, reading="class", of=of, batch=32, progress=True)
 
-    taught = features(train)
-    head = linear(taught.features, taught.labels, len(train.classes)).head
+    heads: dict[int, Linear] = {}
 
-    def right(found: FeatureTable) -> Tensor:
+    def right(found: FeatureTable, head: Linear) -> Tensor:
         return head(found.features).argmax(1) == found.labels
 
     calibration = pixels(train, backbone, PICTURES if not settings.quick else 32)
     some = pixels(shown, backbone, settings.batch)
     asked = Asked(backbone, "class")
     engines: dict[tuple[str, int], Engine] = {}
-    hits: dict[tuple[str, int], Tensor] = {}
+    hits: dict[tuple[str, str, int], Tensor] = {}
     for count in (0, *settings.merge):
         merge_tokens(backbone, count)
-        hits["fp32", count] = right(features(shown))
+        taught = features(train)
+        heads[count] = linear(taught.features, taught.labels, len(train.classes)).head
         made = quantise(asked, [calibration], cache=engine_cache(), progress=True)
         streams = min(settings.batch, settings.threads or torch.get_num_threads())
         engines["int8", count] = build(
@@ -79,7 +83,12 @@ def main() -> int:
             threads=settings.threads,
             quantised=made,
         )
-        hits["int8", count] = right(features(shown, engines["int8", count]))
+        for precision, of in (("fp32", None), ("int8", engines["int8", count])):
+            seen = features(shown, of)
+            hits[precision, "kept", count], hits[precision, "fitted", count] = (
+                right(seen, heads[0]),
+                right(seen, heads[count]),
+            )
 
     def eager(count: int) -> None:
         merge_tokens(backbone, count)
@@ -98,22 +107,26 @@ def main() -> int:
         seconds = alternation.alternate(named, rounds=settings.rounds)
         for count in sides:
             faster = alternation.ratio(seconds["0"], seconds[str(count)])
-            lost = paired(hits[precision, 0].numpy(), hits[precision, count].numpy())
             line = {
                 "precision": precision,
                 "merge": count,
                 "tokens_at_the_end": tokens_left(backbone, count),
-                "accuracy": 100 * float(hits[precision, count].float().mean()),
-                "points_lost": {"value": lost.drop, "low": lost.low, "high": lost.high, "count": lost.count},
                 "times_faster": {"value": faster.value, "low": faster.low, "high": faster.high},
-                "pictures_a_second": settings.batch * settings.rounds / sum(seconds[str(count)]),
+                "pictures_a_second": settings.batch / statistics.median(seconds[str(count)]),
             }
-            print(
-                f"{precision} R {count:2}: {line['accuracy']:.2f} %, {lost.drop:+.2f} points lost "
-                f"[{lost.low:+.2f}, {lost.high:+.2f}], {faster.value:.2f} x [{faster.low:.2f}, {faster.high:.2f}]"
-            )
+            for head in ("kept", "fitted"):
+                seen = hits[precision, head, count]
+                lost = paired(hits[precision, head, 0].numpy(), seen.numpy())
+                line[head] = {
+                    "accuracy": 100 * float(seen.float().mean()),
+                    "points_lost": {"value": lost.drop, "low": lost.low, "high": lost.high, "count": lost.count},
+                }
+                print(
+                    f"{precision} R {count:2}, head {head}: {line[head]['accuracy']:.2f} %, {lost.drop:+.2f} points lost "
+                    f"[{lost.low:+.2f}, {lost.high:+.2f}], {faster.value:.2f} x [{faster.low:.2f}, {faster.high:.2f}]"
+                )
             found.append(line)
-    cheap = [line for line in found if line["precision"] == "int8" and line["points_lost"]["value"] <= 1.0]
+    cheap = [line for line in found if line["precision"] == "int8" and least(line) <= 1.0]
     best = max(cheap, key=lambda line: line["times_faster"]["value"])
     print(f"int8 at most 1 point below unmerged: R {best['merge']}, {best['times_faster']['value']:.2f} x (bar 1.4)")
     if not settings.quick:
@@ -130,6 +143,11 @@ def main() -> int:
         }
         measure.write("merging", record, settings.out)
     return 0 if best["times_faster"]["value"] >= 1.4 else 1
+
+
+def least(line: dict[str, Any]) -> float:
+    """Points lost by the better of the two heads."""
+    return min(line[head]["points_lost"]["value"] for head in ("kept", "fitted"))
 
 
 class First:
