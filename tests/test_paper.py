@@ -2,17 +2,21 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from vitrail.core.errors import UserError
+from vitrail.data.vtab import TASKS
 from vitrail.experiments import paper_results as results
-from vitrail.experiments.paper import AUGREG, RATES, STARTS, TABLE_4, augreg, exaflops, finetuning, pretraining
+from vitrail.experiments.paper import AUGREG, RATES, STARTS, TABLE_4, augreg, exaflops, finetuning, pretraining, side
 from vitrail.experiments.paper_names import cell, names, recipe_names, start_name
 from vitrail.experiments.paper_results import Start, transferred
+from vitrail.experiments.plan import change
 from vitrail.experiments.recipe import Recipe, check
+from vitrail.experiments.vtab import Protocol, recipe_for
 
 
 @pytest.mark.parametrize(("start", "printed"), [(start, row[1]) for start, row in results.TABLE_6.items()], ids=str)
@@ -110,7 +114,24 @@ def test_a_crop_or_a_flip_that_would_make_labels_wrong_is_left_out() -> None:
         f"vtab/{task}" for task in results.VTAB["structured"]
     }
     unflipped = {task for task, recipe in recipes.items() if not recipe.augmentation.flip}
-    assert unflipped == {"vtab/dspr-loc", "vtab/dspr-ori", "vtab/snorb-azim"}
+    assert unflipped == {"vtab/svhn", "vtab/dspr-loc", "vtab/dspr-ori", "vtab/snorb-azim"}
+    assert any("no flips" in note for note in cell("finetune-vit-l16-i21k-vtab-svhn").notes)
+
+
+@pytest.mark.parametrize("start", results.TABLE_9)
+@pytest.mark.parametrize("name", TASKS)
+def test_a_cell_of_vtab_is_what_vitrail_vtab_runs(start: Start, name: str) -> None:
+    recipe, weights = finetuning(start, f"vtab/{name}"), Path("weights")
+    protocol = Protocol(size=378 if start.model == "ViT-H/14" else 384)
+    assert recipe_for(TASKS[name], protocol, weights) == change(recipe, "model", weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("stride", "pixels"),
+    [((16, 16), 384), ((32, 32), 384), ((14, 14), 378), ((10, 14), 350), ((7, 7), 378), ((500, 500), 500)],
+)
+def test_the_pictures_of_table_4_are_filled_by_patches(stride: tuple[int, int], pixels: int) -> None:
+    assert side(stride) == pixels
 
 
 @pytest.mark.parametrize(
@@ -165,6 +186,8 @@ def test_what_the_paper_leaves_open_is_said() -> None:
     assert any("not public" in note for note in cell("vit-b16-jft").notes)
     assert any("0.06" in note for note in cell("finetune-vit-b16-imagenet").notes)
     assert any("378" in note for note in cell("finetune-vit-h14-cifar10").notes)
+    assert any("--validation 0 --evaluate-every 1e6" in note for note in cell("finetune-vit-b16-flowers").notes)
+    assert not any("--sweep" in note for note in cell("finetune-vit-b16-vtab-flowers").notes)
 
 
 def test_published_results_agree_where_two_tables_have_them() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vitrail.commands.flags import parse
 from vitrail.commands.train import read_recipe
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
+from vitrail.data.splits import Splits
 from vitrail.experiments import paper_costs, sweep
 from vitrail.experiments.paper import TABLE_4
 from vitrail.experiments.paper_names import cell
@@ -232,6 +234,50 @@ def test_a_sweep_chooses_on_held_out_pictures_and_goes_on(
 def test_what_cannot_be_run(arguments: list[str], words: list[str], capsys: Say) -> None:
     said = refused(capsys, "run", *arguments)
     assert [word for word in words if word not in said] == [], said
+
+
+@pytest.mark.parametrize(
+    ("given", "counts", "chosen_on"), [([], (36, 4), "train"), (["--validation", "0"], (40, 6), "val")]
+)
+def test_a_sweep_holds_out_training_pictures_though_the_data_bring_others(
+    given: list[str],
+    counts: tuple[int, int],
+    chosen_on: str,
+    data: Path,
+    weights: Path,
+    here: Path,
+    capsys: Say,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """B.1.1's development set is a share of the training pictures; Flowers have validation pictures beside."""
+    shutil.copytree(data, here / "flowers")
+    random = np.random.default_rng(1)
+    for label in range(2):
+        (here / "flowers" / "val" / f"class{label}").mkdir(parents=True)
+        for number in range(3):
+            picture(random, label, 16).save(here / "flowers" / "val" / f"class{label}" / f"{number}.png")
+    begun: list[Splits] = []
+    run = sweep.run
+
+    def seen(recipe: Recipe, *rest: Any, **more: Any) -> Any:
+        assert recipe.own.splits is not None
+        begun.append(recipe.own.splits)
+        return run(recipe, *rest, **more)
+
+    monkeypatch.setattr(sweep, "run", seen)
+    monkeypatch.setitem(TABLE_4, "flowers", dataclasses.replace(TABLE_4["flowers"], rates=(0.001, 0.003)))
+    command = ["run", "finetune-vit-b16-jft-flowers", "--data", "flowers", "--weights", str(weights), "--sweep", *TINY]
+    assert cli.main([*command, *given]) == 0
+    said = capsys.readouterr().out
+    *tried, last = begun
+    assert len(tried) == 2
+    for one in tried:
+        assert one.validation is not None
+        assert (len(one.train), len(one.validation), one.test) == (*counts, None)
+        places = {Path(str(one.validation[index].picture)).parts[1] for index in range(len(one.validation))}
+        assert places == {chosen_on}
+    assert (len(last.train), last.validation) == (40, None)
+    assert ("the 6 validation pictures of flowers are left unused" in said) == (not given)
 
 
 def test_a_sweep_needs_test_pictures(data: Path, weights: Path, capsys: Say) -> None:

@@ -18,7 +18,8 @@ from vitrail.core.types import Preprocess
 from vitrail.data.vtab import TASKS
 from vitrail.evaluation.means import mean_interval, student_95
 from vitrail.experiments import vtab
-from vitrail.experiments.vtab import Measured, Protocol, published_means, recipe_for, rows
+from vitrail.experiments.vtab import Benchmark, Measured, Protocol, published_means, recipe_for, rows
+from vitrail.inference.features import Model
 from vitrail.models.classifier import ClassifierConfig
 from vitrail.models.vit import ViTConfig
 from vitrail.weights.native import save
@@ -136,7 +137,33 @@ def test_the_papers_recipe() -> None:
     )
     assert (recipe.augmentation.flip, recipe.data.crop) == (True, "inception")
     assert {name for name, task in TASKS.items() if not task.flip} == {"svhn", "dspr-loc", "dspr-ori", "snorb-azim"}
-    assert Protocol().said.endswith("as in the paper")
+
+
+def test_a_model_whose_patches_do_not_fill_the_papers_pictures(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Patches of 14, as the paper's H/14: 378 px, which is the paper's setting of that model."""
+    model = ClassifierConfig(ViTConfig(16, 1, 2, 16, (14, 14), (28, 28)), 3).build(seed=3)
+    model.labels, model.preprocess = ("a", "b", "c"), Preprocess((28, 28))
+    save(model, tmp_path / "model")
+    flags = [str(tmp_path / "model"), "--tasks", "dspr-loc", "--seeds", "1", "--steps", "1", "--batch", "1"]
+    flags += ["--out", str(tmp_path / "results"), "--workers", "0", "--device", "cpu"]
+    assert run(asked(root, *flags)) == 0
+    assert "fine-tuning, 1 steps of 1 at 0.01 and 378 px (not the paper's setting)" in capsys.readouterr().out
+    (config,) = (tmp_path / "results").glob("*/config.json")
+    assert json.loads(config.read_text())["settings"]["size"] == [378]
+    with pytest.raises(UserError, match=r"^--size 384: a picture of 384 x 384 .* are 378 x 378 or 392 x 392\.$"):
+        run(asked(root, *flags, "--size", "384"))
+
+    def said(model: Model, **protocol: Any) -> str:
+        return Benchmark(model, tmp_path, Protocol(**protocol), tmp_path, torch.device("cpu")).said
+
+    assert said(model, size=378).endswith("and 378 px, for patches that do not fill 384, as in the paper")
+    assert said(model, size=392).endswith("and 392 px (not the paper's setting)")
+    other = ViTConfig(16, 1, 2, 16, (6, 6), (24, 24)).build()
+    assert said(other, size=378).endswith("(not the paper's setting)")
+    assert said(other).endswith("at 0.01 and 384 px, as in the paper")
+    assert said(other, method="linear").startswith("logistic regression")
 
 
 def test_means_as_the_paper_has_them() -> None:

@@ -17,6 +17,7 @@ from vitrail.data.sources import listed
 from vitrail.data.vtab import TASKS, Task
 from vitrail.data.vtab_sample import NOT_THE_SAMPLE, Draw, find
 from vitrail.evaluation.metrics import spoken
+from vitrail.experiments.paper import SIDE
 from vitrail.experiments.run import exit_code
 from vitrail.experiments.vtab import (
     PUBLISHED,
@@ -28,6 +29,7 @@ from vitrail.experiments.vtab import (
     published,
     published_means,
     rows,
+    size_for,
 )
 from vitrail.inference.features import default_cache
 from vitrail.training.pace import Outcome
@@ -57,8 +59,8 @@ class Settings:
     """Of finetune; the paper's, as all that follows."""
     batch: int = 512
     """Pictures a step."""
-    size: int = 384
-    """Pixels."""
+    size: int = 0
+    """Pixels; 0: 384, or the most below it that the model's patches fill, as 378 for patches of 14."""
     rate: float = 0.01
     """Learning rate."""
     out: Path | None = None
@@ -96,12 +98,15 @@ def run(settings: Settings) -> int:
         raise UserError(f"{settings.root} has files of none of these tasks ({listed(looks)}); see the list above.")
     protocol = Protocol("linear")
     if settings.method == "finetune":
-        protocol = Protocol("finetune", settings.steps, settings.batch, settings.size, settings.rate)
+        protocol = Protocol("finetune", settings.steps, settings.batch, settings.size or SIDE, settings.rate)
     protocol = replace(protocol, precision=settings.checkpoint.eager("vtab"))
     seeds = settings.seeds or (3 if settings.method == "finetune" else 1)
     check(protocol, seeds)
+    model = settings.checkpoint.model(settings.weights)
+    if settings.method == "finetune":
+        protocol = replace(protocol, size=size_for(model, settings.size))
     benchmark = Benchmark(
-        settings.checkpoint.model(settings.weights),
+        model,
         settings.weights,
         protocol,
         settings.out or settings.root / "results",
@@ -110,7 +115,7 @@ def run(settings: Settings) -> int:
         settings.workers,
         ("vitrail", *sys.argv[1:]),
     )
-    console.print(f"\n{protocol.said}; results are kept in {benchmark.out}", markup=False, soft_wrap=True)
+    console.print(f"\n{benchmark.said}; results are kept in {benchmark.out}", markup=False, soft_wrap=True)
     measured: list[Measured] = []
     for name, draw in draws.items():
         for seed in range(seeds):
@@ -123,7 +128,7 @@ def run(settings: Settings) -> int:
             console.print(said, markup=False, soft_wrap=True)
     console.print(results(measured))
     if settings.json:
-        print(json.dumps(report(settings, protocol, chosen, looks, measured), indent=1, ensure_ascii=False))
+        print(json.dumps(report(settings, benchmark, chosen, looks, measured), indent=1, ensure_ascii=False))
     return 0
 
 
@@ -193,11 +198,11 @@ def results(measured: list[Measured]) -> Table:
 
 
 def report(
-    settings: Settings, protocol: Protocol, chosen: list[Task], looks: dict[str, Look], measured: list[Measured]
+    settings: Settings, benchmark: Benchmark, chosen: list[Task], looks: dict[str, Look], measured: list[Measured]
 ) -> dict[str, object]:
     return {
         "weights": str(settings.weights),
-        "protocol": {**asdict(protocol), "said": protocol.said},
+        "protocol": {**asdict(benchmark.protocol), "said": benchmark.said},
         "tasks": [described(task, looks[task.name]) for task in chosen],
         "measured": [asdict(m) for m in measured],
         "rows": [asdict(row) for row in rows(measured)],

@@ -8,12 +8,14 @@ recipe's notes.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from vitrail.core.errors import UserError
+from vitrail.data import vtab
 from vitrail.data.augment import Augmentation
-from vitrail.experiments.paper_results import REPLICATED, TABLE_6, VTAB, VTAB_TASKS, Published, Start
+from vitrail.experiments.paper_results import REPLICATED, TABLE_6, Published, Start
 from vitrail.experiments.recipe import DataSettings, LengthSettings, LossSettings, ModelSettings, Recipe
 from vitrail.training.optim import Optimiser, Schedule
 from vitrail.weights import zoo
@@ -105,17 +107,18 @@ TABLE_4 = {
     "pets": Task("Oxford-IIIT Pets", 3_680, 37, 500, _RATES, 0.003, 0.1, 100),
     "flowers": Task("Oxford Flowers-102", 1_020, 102, 500, _RATES, 0.003, 0.1, 100),
 }
-_VTAB_CLASSES = (102, 100, 47, 102, 37, 397, 10, 2, 10, 45, 5, 8, 6, 6, 16, 16, 4, 18, 9)
 TABLE_4 |= {
-    task: Task(f"VTAB-1k {task.removeprefix('vtab/')}", 1_000, classes, 2_500, (0.01,), 0.01, 0.0)
-    for task, classes in zip(VTAB_TASKS, _VTAB_CLASSES, strict=True)
+    f"vtab/{name}": Task(f"VTAB-1k {name}", 1_000, task.classes, 2_500, (0.01,), 0.01, 0.0)
+    for name, task in vtab.TASKS.items()
 }
 
-UNCROPPED = tuple(f"vtab/{task}" for task in VTAB["structured"])
-UNFLIPPED = ("vtab/dspr-loc", "vtab/dspr-ori", "vtab/snorb-azim")
-"""Tasks that count, place or turn things: a crop or a flip would make their labels wrong. BiT, whose pre-processing the
-paper takes for VTAB, leaves them out "when appropriate" (arXiv 1912.11370, section 3.3); for which tasks is our reading."""
+UNCROPPED = tuple(f"vtab/{name}" for name, task in vtab.TASKS.items() if task.group == "structured")
+UNFLIPPED = tuple(f"vtab/{name}" for name, task in vtab.TASKS.items() if not task.flip)
+"""Tasks that count, place, turn or read things: a crop or a flip would make their labels wrong. BiT, whose pre-processing
+the paper takes for VTAB, leaves them out "when appropriate" (arXiv 1912.11370, section 3.3); for which is our reading."""
 
+SIDE = 384
+"""Pixels of the pictures that Table 4 fine-tunes on."""
 LARGE = {"ViT-L/16": 512, "ViT-H/14": 518}
 """Table 2's resolution for ImageNet, with Polyak averaging by 0.9999."""
 
@@ -218,14 +221,21 @@ def pretraining(start: Start) -> Recipe:
     )
 
 
+def side(stride: tuple[int, int]) -> int:
+    """`SIDE`, or the next smaller size that patches of `stride` pixels (height, width) fill: 378 for those of 14, which is
+    what the official code's patches cover of 384. A patch that is larger yet is a picture of its own."""
+    step = math.lcm(*stride)
+    return max(SIDE // step, 1) * step
+
+
 def finetuning(start: Start, task: str, size: int = 0) -> Recipe:
     """A cell of Table 4; with a `size`, of Table 2 at that resolution."""
     row = TABLE_4[task]
     weights = PUBLIC.get(start)
-    side = size or (378 if start.model == "ViT-H/14" else 384)
+    pixels = size or side(zoo.config(start.model).stride)
     return Recipe(
         data=DataSettings(
-            size=(side,), crop="none" if task in UNCROPPED else "inception", batch=512, validation=row.held_out
+            size=(pixels,), crop="none" if task in UNCROPPED else "inception", batch=512, validation=row.held_out
         ),
         model=ModelSettings(weights=Path(weights) if weights else None),
         augmentation=Augmentation(flip=task not in UNFLIPPED),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from vitrail.experiments.paper import CORPORA, PUBLIC, TABLE_4, UNCROPPED
+from vitrail.experiments.paper import CORPORA, PUBLIC, TABLE_4, UNCROPPED, UNFLIPPED
 from vitrail.experiments.paper_results import VTAB_TASKS, Start
 
 
@@ -42,13 +42,20 @@ def finetuning_notes(start: Start, task: str, size: int) -> Iterator[str]:
             f"Table 4 chooses the rate among {', '.join(f'{rate:g}' for rate in row.rates)} on {row.held_out:.0%} of the "
             f"training pictures, then trains on all of them: --sweep does; without it, {row.rate:g}, the public code's"
         )
+        yield (
+            f"without --sweep a run does not train on all of them: {row.held_out:.0%} (or the data's own validation "
+            "pictures) choose its best epoch; with --validation 0 --evaluate-every 1e6 none are held out and the last "
+            "weights are kept, as in B.1.1"
+        )
     if task == "imagenet":
         yield "0.06 stands in Table 4 for ImageNet, and in B.1.1 for ResNets and hybrids alone: the table is followed"
     if task in VTAB_TASKS:
         yield "all 1,000 training pictures, none held out, and 384 px for all tasks; VTAB's score is the mean over the 19"
         yield "the paper takes BiT's pre-processing (resize, crop at random, flip), here Inception crops stand for its crops"
     if task in UNCROPPED:
-        yield "no crops (nor flips, where they turn the label) for structured tasks, as in BiT; which tasks is our reading"
+        yield "no crops for structured tasks, as in BiT; which tasks is our reading"
+    if task in UNFLIPPED:
+        yield "no flips, which would turn the label, as in BiT; for which tasks is our reading"
     yield f"{row.warmup} steps of warm-up are the public code's, and so is no dropout (or 0.1, it says); the paper is silent"
     if start.model == "ViT-H/14" and not size:
         yield "384 is no multiple of 14: the official code's patches cover 378 of the 384 pixels, here pictures are 378"

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vitrail.core import ranks
 from vitrail.core.errors import UserError
 from vitrail.core.runs import FORMAT, read_json, write_json
 from vitrail.core.types import Row
 from vitrail.core.values import from_json
-from vitrail.data.splits import Splits, open_data
+from vitrail.data.sources import subset
+from vitrail.data.splits import Splits, hold_out, open_data
 from vitrail.experiments.plan import change
 from vitrail.experiments.recipe import FREE_ON_RESUME, Own, Recipe, flat
 from vitrail.experiments.results import Result
@@ -45,7 +48,10 @@ def sweep(
     """Chooses among `rates` and trains the end. recipe: its --validation is the share that chooses, its --resume goes on
     with the sweep in `folder`. expected: as published, of the test pictures. Raises UserError on whatever a person has to
     mend: data without test pictures among it, before anything is trained."""
-    splits = open_data(recipe.data.data, validation=recipe.data.validation, seed=recipe.run.seed)
+    share = recipe.data.validation
+    splits = open_data(recipe.data.data, validation=share, seed=recipe.run.seed)
+    if share and splits.validation is not None and not splits.made:
+        splits = _held_out(splits, share, recipe.run.seed)
     if splits.test is None or splits.validation is None:
         lacks = "test" if splits.test is None else "held-out"
         raise UserError(
@@ -86,6 +92,18 @@ def sweep(
     if rows:
         _tell(swept)
     return swept
+
+
+def _held_out(splits: Splits, share: float, seed: int) -> Splits:
+    """B.1.1's held-out pictures are training pictures, also where the data bring validation pictures, as Flowers do."""
+    assert splits.validation is not None
+    _say(
+        f"sweep: the {len(splits.validation):,} validation pictures of {splits.origin} are left unused, as in the paper; "
+        "--validation 0 chooses on them"
+    )
+    held, notes = hold_out(splits.train, share, seed)
+    train, validation = (subset(splits.train, np.flatnonzero(part)) for part in (~held, held))
+    return Splits(train, validation if held.any() else None, splits.test, splits.origin, True, (*splits.notes, *notes))
 
 
 def _part(recipe: Recipe, rate: float, splits: Splits, place: Path) -> Recipe:

@@ -3,7 +3,8 @@
 Unusual: each finished task is a file of its own that says what it was made with, so that a benchmark of days goes on
 where it was stopped, and never mixes numbers of different weights, settings or pictures.
 
-`finetune` is the ViT paper's (B.1.1): one setting for all tasks, 2,500 steps of 512 pictures at a rate of 0.01 and 384 px.
+`finetune` is the ViT paper's (B.1.1): one setting for all tasks, 2,500 steps of 512 pictures at a rate of 0.01 and 384 px,
+or the most below it that the model's patches fill.
 `linear` is ours, and fast: logistic regression on frozen features, its penalty chosen on the 200 of the 1,000 pictures.
 """
 
@@ -22,18 +23,18 @@ from vitrail.core.device import Precision
 from vitrail.core.errors import UserError
 from vitrail.core.runs import read_json, write_json
 from vitrail.core.types import Row
-from vitrail.data.augment import Augmentation
 from vitrail.data.splits import Splits
 from vitrail.data.vtab import TASKS, Group, Task
 from vitrail.data.vtab_sample import Draw
 from vitrail.evaluation.linear import Design, path
 from vitrail.evaluation.means import mean_interval
 from vitrail.evaluation.metrics import wilson
-from vitrail.experiments.paper import finetuning
+from vitrail.experiments.paper import SIDE, finetuning, side
 from vitrail.experiments.paper_results import H14_JFT, L16_I21K, L16_JFT, TABLE_9, VTAB_TASKS
 from vitrail.experiments.recipe import LengthSettings, Own, Recipe, RunSettings
 from vitrail.experiments.run import run
 from vitrail.inference.features import Model, Reading, extract, weights_hash
+from vitrail.models.classifier import Classifier
 from vitrail.training.pace import Outcome
 
 FORMAT = 1
@@ -50,19 +51,10 @@ class Protocol:
     method: Method = "finetune"
     steps: int = 2_500
     batch: int = 512
-    size: int = 384
+    size: int = SIDE
     rate: float = 0.01
     reading: Reading = "planned"
     precision: Precision = "fp32"
-
-    @property
-    def said(self) -> str:
-        """What it is, and whether it is the paper's."""
-        if self.method == "linear":
-            return "logistic regression on frozen features (not the paper's fine-tuning)"
-        own = (self.steps, self.batch, self.size, self.rate)
-        said = f"fine-tuning, {self.steps:,} steps of {self.batch} at {self.rate:g} and {self.size} px"
-        return f"{said}, as in the paper" if own == (2_500, 512, 384, 0.01) else f"{said} (not the paper's setting)"
 
 
 @dataclass(frozen=True)
@@ -88,6 +80,17 @@ class Benchmark:
     cache: Path | None = None
     workers: int = -1
     command: tuple[str, ...] = ()
+
+    @property
+    def said(self) -> str:
+        """How a task is measured, and whether it is the paper's way: at `SIDE` pixels, or what this model takes for them."""
+        own = self.protocol
+        if own.method == "linear":
+            return "logistic regression on frozen features (not the paper's fine-tuning)"
+        said = f"fine-tuning, {own.steps:,} steps of {own.batch} at {own.rate:g} and {own.size} px"
+        if (own.steps, own.batch, own.size, own.rate) != (2_500, 512, size_for(self.model), 0.01):
+            return f"{said} (not the paper's setting)"
+        return f"{said}{'' if own.size == SIDE else f', for patches that do not fill {SIDE}'}, as in the paper"
 
     def measure(self, task: Task, draw: Draw, seed: int) -> Measured | Outcome:
         """What is kept of this task and seed, else measured now; the outcome of a training that was stopped.
@@ -176,28 +179,30 @@ class Benchmark:
 
 
 def recipe_for(task: Task, protocol: Protocol, weights: Path) -> Recipe:
-    """The paper's recipe for a task of VTAB, at this protocol's length.
-
-    Where a mirrored or a cropped picture would have another label it is neither mirrored nor cropped, as in BiT (Kolesnikov
-    2020, section 3.3), whose preprocessing the paper takes over; which tasks these are is not published. We mirror where
-    `Task.flip` says so, and crop in the natural and specialized groups.
-    """
+    """The paper's recipe for a task of VTAB (`paper.finetuning`), at this protocol's length and size."""
     recipe = finetuning(L16_I21K, f"vtab/{task.name}")
     warmup = max(1, round(recipe.schedule.warmup * protocol.steps / 2_500))
     return dataclasses.replace(
         recipe,
-        data=dataclasses.replace(
-            recipe.data,
-            size=(protocol.size,),
-            batch=protocol.batch,
-            crop="none" if task.group == "structured" else "inception",
-        ),
+        data=dataclasses.replace(recipe.data, size=(protocol.size,), batch=protocol.batch),
         model=dataclasses.replace(recipe.model, weights=weights),
-        augmentation=Augmentation(flip=task.flip),
         optimiser=dataclasses.replace(recipe.optimiser, rate=protocol.rate),
         schedule=dataclasses.replace(recipe.schedule, warmup=warmup),
         length=LengthSettings(steps=protocol.steps),
     )
+
+
+def size_for(model: Model, asked: int = 0) -> int:
+    """The side in pixels to fine-tune at: `asked`, or, for 0, the paper's for this model. Raises UserError where its patches
+    do not fill the one that is asked for."""
+    config = (model.backbone if isinstance(model, Classifier) else model).config
+    if not asked:
+        return side(config.stride)
+    try:
+        config.tokens((asked, asked))
+    except UserError as error:
+        raise UserError(f"--size {asked}: {error}.") from error
+    return asked
 
 
 def published(task: Task) -> dict[str, float]:
