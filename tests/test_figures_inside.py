@@ -17,7 +17,7 @@ import vitrail
 from vitrail.analysis.data_map import neighbours_alike, plane
 from vitrail.analysis.figures_inside import Pane, class_colours, heat, masked, panes, save_both
 from vitrail.analysis.filters import filter_components
-from vitrail.analysis.gallery import FIGURES, Subject
+from vitrail.analysis.gallery import FIGURES, Subject, brightened
 from vitrail.analysis.internals import trace
 from vitrail.analysis.position_similarity import position_similarity, structure
 from vitrail.analysis.tokens import token_colours, token_similarity
@@ -254,6 +254,34 @@ def test_a_ragged_table_of_panes() -> None:
     assert sum(axis.axison for axis in figure.axes[:6]) == 4
 
 
+@pytest.mark.parametrize("size", [(28, 28), (224, 224), (1024, 1024), (462, 308)])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4])
+def test_labels_lie_within_the_figure(size: tuple[int, int], columns: int) -> None:
+    table = [[Pane(np.zeros((2, 2)))] * columns] * 3
+    names = ("picture", "rollout", "picture x rollout")
+    figure = panes(
+        table, size=size, caption="a line of words " * 9, rows=names, scale="share of the map's 98th percentile"
+    )
+    figure.draw_without_rendering()
+    ink, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(ink.x0, ink.y0, width - ink.x1, height - ink.y1) > 0.02
+
+
+def test_a_caption_says_pictures_only_where_there_were_some() -> None:
+    of = subject(ClassifierConfig(replace(TINY, positions="relative"), 3))
+    assert "layers and pictures" in FIGURES["positions"](of).caption
+    drawn = FIGURES["positions"](replace(of, pixels=of.pixels[:0])).caption
+    assert "layers and a drawn picture of ramps, squares and rings" in drawn
+
+
+def test_one_odd_patch_does_not_darken_a_rollout() -> None:
+    values = np.full((10, 10), 0.5)
+    values[0, 0] = 100
+    shown = brightened(values)
+    assert shown.max() == shown.min() == 1
+    assert brightened(np.zeros((2, 2))).max() == 0
+
+
 # The command
 
 
@@ -329,10 +357,14 @@ def test_a_picture_that_cannot_be_read_is_left_out(tmp_path: Path, capsys: pytes
         ({"pictures": ("nowhere.jpg",)}, "none of the pictures could be found"),
         ({"size": (0,)}, "--size 0 is no size"),
         ({"size": (18, 20)}, "does not divide into patches"),
+        ({"out": "a file"}, "a file cannot be written (File exists)"),
+        ({"out": "a file/below"}, "below cannot be written (Not a directory)"),
     ],
 )
 def test_bad_input_is_a_sentence(changes: dict, sentence: str, tmp_path: Path) -> None:
     weights, data = saved(tmp_path), folder(tmp_path / "data", classes=1, each=1)
+    (tmp_path / "a file").touch()
+    changes = {name: tmp_path / value if name == "out" else value for name, value in changes.items()}
     with pytest.raises(UserError, match=re.escape(sentence)):
         run(Settings(**{"weights": weights, "pictures": (str(data),), "out": tmp_path / "out", **changes}))
 

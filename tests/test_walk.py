@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 import vitrail
+from vitrail.analysis import pixels_as_words
 from vitrail.analysis.pixels_as_words import pixel_costs
 from vitrail.analysis.walk import walk
 from vitrail.commands.explain import Settings, run
 from vitrail.core.errors import UserError
+from vitrail.layers.transformer import Block
 from vitrail.models.classifier import Classifier, ClassifierConfig
 from vitrail.models.resnet import ResNetConfig, TrunkConfig
 from vitrail.models.vit import ViTConfig
@@ -121,6 +123,21 @@ def test_pixels_as_words_cost_what_the_formula_says() -> None:
     assert own.macs == config.macs()
 
 
+def test_pixels_as_words_are_timed_with_the_bias_that_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replace(TINY, positions="relative", image=(32, 32)).build().eval()
+    given = []
+    forward = Block.forward
+    monkeypatch.setattr(
+        Block, "forward", lambda self, x, positions: given.append(positions) or forward(self, x, positions)
+    )
+    costs = pixel_costs(model, (32, 32))
+    assert [cost.tokens for cost in costs] == [65, 257, 1025]
+    assert len(given) >= 3
+    assert all(positions.bias is not None for positions in given)
+    monkeypatch.setattr(pixels_as_words, "MOST_BIAS", 4 * 2 * 256 * 31 * 31)
+    assert [cost.measured for cost in pixel_costs(model, (32, 32))] == [True, True, False]
+
+
 class Reader(HTMLParser):
     """What a page asks for, and whether its elements close."""
 
@@ -180,6 +197,14 @@ def test_explain_writes_one_page_that_asks_for_nothing(
     if name == "plain":
         assert "softmax(q k^T / sqrt(D_h))" in page
         assert "15 rows of 48 numbers" in page
+        assert "patches of 4 x 4 pixels" in page
+    if name == "hybrid":
+        channels = MODELS[name].backbone.trunk.channels
+        assert f"a map of 4 x 8 cells of {channels} numbers" in page
+        assert "32 words of 1 x 1 cells, read row by row." in page
+        assert f"more than its 8 x 8 pixels. Flattened, they are 32 rows of {channels} numbers" in page
+    if name != "ResNet":
+        assert "those from its 98th percentile on" in page
 
 
 def test_explain_as_json_for_a_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,6 +235,9 @@ def test_explain_unfolds_the_layers_asked_for(tmp_path: Path, capsys: pytest.Cap
         ({"picture": "nowhere.jpg"}, "nowhere.jpg does not exist"),
         ({"picture": "{folder}/broken.png"}, "broken.png"),
         ({"picture": "{folder}"}, "takes one"),
+        ({"out": "broken.png/page.html"}, "page.html cannot be written (File exists)"),
+        ({"out": "broken.png/deep/page.html"}, "page.html cannot be written (Not a directory)"),
+        ({"out": "."}, "is a folder; give a file, as"),
     ],
 )
 def test_bad_input_is_a_sentence(changes: dict, sentence: str, tmp_path: Path) -> None:
@@ -217,5 +245,7 @@ def test_bad_input_is_a_sentence(changes: dict, sentence: str, tmp_path: Path) -
     good = photo(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     changes = {name: value.format(folder=tmp_path) if name == "picture" else value for name, value in changes.items()}
+    if "out" in changes:
+        changes["out"] = tmp_path / changes["out"]
     with pytest.raises(UserError, match=re.escape(sentence)):
         run(Settings(**{"weights": weights, "picture": str(good), "out": tmp_path / "page.html", **changes}))

@@ -7,9 +7,9 @@ CIFAR-10-C's, which are weaker: a lens of 10 pixels' radius would leave nothing 
 
 At any size from 32 pixels. Three differ from the authors' files, as they do in imagecorruptions 1.1.2 (Michaelis et al.,
 arXiv 1907.07484), which made them work at any size and is what the tests compare with: motion blur and snow's streaks are
-computed and not ImageMagick's; elastic, from 64 pixels, has no affine part at severities 1 and 2. And one is ours: frost is
-grown by a formula and not cut from photographs (see weather.py). Glass blur copies pixels where the paper says that it
-swaps them, as the authors' code does, whose two sides of an exchange are views of one array.
+computed and not ImageMagick's; elastic, from 64 pixels, has no affine part. And one is ours: frost is grown by a
+formula and not cut from photographs (see weather.py). Glass blur copies pixels where the paper says that it swaps them, as
+the authors' code does, whose two sides of an exchange are views of one array.
 """
 
 import io

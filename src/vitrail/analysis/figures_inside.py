@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -27,6 +28,9 @@ from vitrail.analysis.position_similarity import PlacesAlike
 HEAT, ALIKE = "inferno", "viridis"
 MOST_TILES = 7
 """Tiles each way in a picture of positions; of finer grids so many rows and columns, evenly spaced."""
+
+MARGIN = 0.12
+"""Inches left of panes: the layout moves panes of a fixed shape after it has made room for their labels."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,11 @@ def panes(
     columns = max(len(row) for row in table)
     down, across = (side * length / max(size) for length in size)
     lines = caption_lines(caption, columns * across)
-    figure = Figure(
-        figsize=(columns * (across + 0.1) + 0.75 + 0.8 * bool(scale), len(table) * (down + 0.25) + 0.5 + 0.15 * lines),
-        layout="constrained",
-    )
+    width = columns * (across + 0.1) + MARGIN + 0.75 + 0.8 * bool(scale)
+    figure = Figure(figsize=(width, len(table) * (down + 0.25) + 0.5 + 0.15 * lines), layout="constrained")
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine)
+    engine.set(rect=(MARGIN / width, 0, 1 - MARGIN / width, 1))
     axes = figure.subplots(len(table), columns, squeeze=False)
     for row, (line, cells) in enumerate(zip(axes, table, strict=True)):
         for column, axis in enumerate(line):

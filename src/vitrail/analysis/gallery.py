@@ -100,12 +100,13 @@ def positions(of: Subject) -> Drawn:
         traced = trace(of.model, of.some() if len(of.pixels) else one)
     layer = of.layers[0] if of.layers else 0
     alike = position_similarity(of.model, layer, traced)
+    seen = "pictures" if len(of.pixels) else "a drawn picture of ramps, squares and rings"
     what = {
         "learned": "learned position embeddings",
         "learned2d": "learned 2-D position embeddings",
         "sincos2d": "sin-cos position embeddings",
         "rotary": "rotary angles, as their cosines and sines",
-        "relative": "relative positions: the mean over heads, layers and pictures of what they add to the logits",
+        "relative": f"relative positions: the mean over heads, layers and {seen} of what they add to the logits",
     }[kind]
     where = "" if backbone.config.position_layers != "every" else f" before block {layer + 1}"
     found = structure(alike.values)
@@ -174,7 +175,7 @@ def rolled_out(of: Subject) -> Drawn:
         maps.append(traced.on_grid(flow))
         on_patches.append(flow[:, traced.prefixes :].sum(1))
     pictures = [display(pixels) for pixels in of.pixels[: of.shown]]
-    tops = [np.clip(values / max(np.percentile(values, BRIGHT), 1e-12), 0, 1) for values in np.concatenate(maps)]
+    tops = [brightened(values) for values in np.concatenate(maps)]
     table = [
         [Pane(picture, marks=marks) for picture in pictures],
         [Pane(values) for values in tops],
@@ -196,6 +197,11 @@ def rolled_out(of: Subject) -> Drawn:
         scale=f"share of the map's {BRIGHT}th percentile",
     )
     return Drawn(figure, caption, {"share of patches": round(share, 4)})
+
+
+def brightened(values: Float[np.ndarray, "y x"]) -> Float[np.ndarray, "y x"]:
+    """A rollout as it is drawn: from 0 to its `BRIGHT`th percentile as 0 to 1; what is above is 1."""
+    return np.clip(values / max(float(np.percentile(values, BRIGHT)), 1e-12), 0, 1)
 
 
 def gradient(of: Subject) -> Drawn:

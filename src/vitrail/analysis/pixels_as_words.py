@@ -10,10 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from vitrail.analysis.internals import evaluating
+from vitrail.core.types import Tokens
+from vitrail.layers.patches import grid_coordinates
 from vitrail.models.vit import ViT, ViTConfig
 
 SIDES = (16, 32, 64, 128)
 """Pixels each way of the smaller pictures."""
+MOST_BIAS = 2**31
+"""Bytes of a block's logits of relative positions beyond which it is not run: each word has one for every difference."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ def pixel_costs(model: ViT, size: tuple[int, int], budget: float = 3.0) -> tuple
         config = model.config if side is None else _pixels(model.config)
         where = size if not side else (side, side)
         cost = own if side is None else _cost(config, "pixels", where)
-        if not speed or cost.macs / speed / config.depth < budget:
-            seconds = _block_seconds(model, cost.tokens) * config.depth
+        grid = where if side is not None else _grid(model.config, where)
+        if not speed or (cost.macs / speed / config.depth < budget and _bias_bytes(config, grid) <= MOST_BIAS):
+            seconds = _block_seconds(model, grid) * config.depth
             speed = cost.macs / seconds
             found.append(replace(cost, seconds=seconds, measured=True))
         elif side == 0:
@@ -62,16 +67,32 @@ def _cost(config: ViTConfig, words: str, size: tuple[int, int]) -> Cost:
     return Cost(words, size, tokens, config.macs(size), 4 * config.heads * tokens**2, 0.0, False)
 
 
+def _grid(config: ViTConfig, size: tuple[int, int]) -> tuple[int, int]:
+    return size[0] // config.stride[0], size[1] // config.stride[1]
+
+
+def _bias_bytes(config: ViTConfig, grid: tuple[int, int]) -> int:
+    if config.positions != "relative":
+        return 0
+    return 4 * config.heads * grid[0] * grid[1] * (2 * grid[0] - 1) * (2 * grid[1] - 1)
+
+
 @torch.no_grad()
-def _block_seconds(model: ViT, tokens: int) -> float:
-    """Of the first block on so many words; the better of two runs, where the first took less than a second."""
-    weight = model.patch_embedding.weight
-    x = torch.randn(1, tokens, model.width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+def _block_seconds(model: ViT, grid: tuple[int, int]) -> float:
+    """Of the first block on words in a grid; the better of two runs, where the first took less than a second.
+
+    With what positions add to it in attention, relative and rotary ones; those of the stem are none of the block's work.
+    """
+    weight, count = model.patch_embedding.weight, grid[0] * grid[1]
+    random = torch.Generator().manual_seed(0)
+    words = torch.randn(1, count, model.width, generator=random).to(weight.device, weight.dtype)
     best = float("inf")
     with evaluating(model):
+        positions = model.positions(Tokens(words, grid_coordinates(grid, weight.device), grid))
+        x = model.prepend(words)
         for _ in range(2):
             begun = time.perf_counter()
-            model.encoder.blocks[0](x)
+            model.encoder.blocks[0](x, positions)
             if x.device.type == "cuda":
                 torch.cuda.synchronize(x.device)
             best = min(best, time.perf_counter() - begun)

@@ -5,11 +5,13 @@ a download. Here are ways that need none:
 
 - "diffused": Perona and Malik's anisotropic diffusion (1990, their first conductance), in grey. What is inside of regions
   is smoothed, their edges stay. Mild: what is left is a picture that a person knows.
-- "restyled" and "outlines": as Geirhos et al. do, each picture's texture gives way to one that says nothing, the same for
-  all: fine noise, whose contrast at each place follows the rank of the original's edge energy there. Such contrast-defined
-  pictures are Chubb and Sperling's (1988). Because ranks become the same contrasts in each picture, outlines differ in where
-  their edges are and in nothing that a small window could see: all have one grey, no colour and the same share of each
-  contrast. Restyled pictures keep some of the diffused picture below the noise, so that there is shading to go by.
+- "restyled" and "outlines": as Geirhos et al. do, each picture's texture gives way to one that says nothing: fine noise,
+  whose contrast at each place follows the rank of the original's edge energy there. Such contrast-defined pictures are
+  Chubb and Sperling's (1988). Outlines differ in where their edges are and in little that a small window could see: all
+  have one grey, no colour, two levels at a place, and outlines that are wide where they are short, so that windows on the
+  way from one contrast to another are as many in each; how strong the noise is and which contrasts there are is drawn anew
+  for each, as a style is. A trace is left (docs/robustness.md has it in numbers). Restyled pictures keep some of the
+  diffused picture below the noise, so that there is shading to go by.
 
 Shape goes, texture stays: "phases" gives each picture's Fourier transform one set of random phases (Galerne, Gousseau and
 Morel 2011, random phase textures): spectrum and colours' correlations stay, whatever has a place is gone.
@@ -32,10 +34,15 @@ from vitrail.evaluation.linear import PENALTIES, Design, stratified
 Pixels = UInt8[Tensor, "b c h w"]
 SHADING = 20.0
 """Of restyled pictures: the deviation of the diffused picture's grey levels."""
-CARRIER = 28.0
-"""Of outlines: the mean deviation of the noise, in grey levels."""
-SPREAD = 1.7
-"""The shape of the Weibull distribution that contrasts of outlines have; fitted to edge energies of CIFAR-10."""
+CARRIER = 10.0, 40.0
+"""Of outlines: the least and the largest mean deviation of the noise, in grey levels; logarithms are drawn evenly."""
+SPREAD = 1.4, 2.3
+"""Likewise the shape of the Weibull distribution that contrasts have. Edge energies of CIFAR-10 have 1.7."""
+WIDTHS = (0, 0.4, 0.6, 0.8, 1, 1.2, 1.4, 1.6, 1.8, 2, 2.25, 2.5, 2.75, 3, 3.5, 4)
+"""In 32nds of the shorter side: deviations of the Gaussians that may make outlines wider."""
+STEEPNESS = 0.034
+"""What they are made to have: the mean squared step of contrast to the next pixel, of a 32nd of the side, over its mean's
+square. Half of CIFAR-10's pictures have 0.036 to 0.054 as they are."""
 OBJECT_SCALE = 1 / 16
 """Of a picture's shorter side: the deviation of the Gaussian over which edge energy is summed up. 2 pixels of 32."""
 
@@ -62,21 +69,49 @@ def outlines(
     shading: the deviation, in grey levels, of the diffused picture below it; 0 for one even grey.
     """
     height, width = pixels.shape[2:]
-    energy = edge_energy(pixels)
-    # Places without any edge are equal; they are ranked by something as smooth, and not by where they stand.
-    field = torch.stack([_white((height, width), mix("ties", seed, place)) for place in index])
-    field = blurred(field, OBJECT_SCALE * min(height, width))
-    ties = 0.01 * energy.mean((1, 2, 3), keepdim=True).clamp(min=1e-3) / field.std()
-    rank = (energy + ties * field).flatten(1).argsort(1).argsort(1)
-    share = (torch.arange(height * width, dtype=torch.float64) + 0.5) / (height * width)
-    contrast = ((-torch.log1p(-share)) ** (1 / SPREAD) / math.gamma(1 + 1 / SPREAD)).float()
+    drawn = np.stack([np.random.default_rng(mix("style", seed, place)).random(2) for place in index])
+    spread = torch.from_numpy(SPREAD[0] + (SPREAD[1] - SPREAD[0]) * drawn[:, :1])
+    carrier = torch.from_numpy(CARRIER[0] * (CARRIER[1] / CARRIER[0]) ** drawn[:, 1]).float().view(-1, 1, 1, 1)
+    contrast = _contrasts(height * width, spread).gather(1, _ranks(pixels, index, seed)).view(-1, 1, height, width)
     noise = torch.stack([_noise((height, width), mix("outlines", seed, place)) for place in index])
+    # Noise is by chance rougher at some places than at others; what it has of edges itself is taken out.
+    contrast = contrast / blurred(_slope(noise), min(height, width) / 32)
+    contrast = contrast / contrast.mean((1, 2, 3), keepdim=True)
     below = torch.full_like(noise, 128)
     if shading:
         shape = diffused(pixels)[:, :1].float()
         shape = shape - shape.mean((1, 2, 3), keepdim=True)
         below = 128 + shading * shape / shape.std((1, 2, 3), keepdim=True).clamp(min=1)
-    return levels(below + CARRIER * contrast[rank].view(-1, 1, height, width) * noise, pixels.shape[1])
+    return levels(below + carrier * contrast * noise, pixels.shape[1])
+
+
+def _contrasts(count: int, spread: Float[Tensor, "b one"]) -> Float[Tensor, "b count"]:
+    """Quantiles of Weibull's distribution of these shapes, of mean 1."""
+    share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    found = ((-torch.log1p(-share)) ** (1 / spread)).float()
+    return found / found.mean(1, keepdim=True)
+
+
+def _ranks(pixels: UInt8[Tensor, "b c h w"], index: Sequence[int], seed: int) -> Int[Tensor, "b places"]:
+    """Of each place's edge energy in its picture, smoothed by what of `WIDTHS` comes nearest to `STEEPNESS`."""
+    height, width = pixels.shape[2:]
+    unit = min(height, width) / 32
+    energy = edge_energy(pixels)
+    # Places without any edge are equal; they are ranked by something as smooth, and not by where they stand.
+    field = torch.stack([_white((height, width), mix("ties", seed, place)) for place in index])
+    field = blurred(field, OBJECT_SCALE * min(height, width))
+    field = 0.01 * energy.mean((1, 2, 3), keepdim=True).clamp(min=1e-3) / field.std() * field
+    contrast = _contrasts(height * width, torch.full((len(pixels), 1), sum(SPREAD) / 2, dtype=torch.float64))
+    least, found = torch.full((len(pixels),), math.inf), torch.zeros(len(pixels), height * width, dtype=torch.long)
+    for wide in WIDTHS:
+        smooth = (blurred(energy, wide * unit) if wide else energy) + field
+        ranks = smooth.flatten(1).argsort(1).argsort(1)
+        at = contrast.gather(1, ranks).view(-1, height, width)
+        steps = at.diff(dim=1).square().mean((1, 2)) + at.diff(dim=2).square().mean((1, 2))
+        off = (steps * unit**2 / STEEPNESS).clamp(min=1e-9).log().abs()
+        found[off < least] = ranks[off < least]
+        least = torch.minimum(off, least)
+    return found
 
 
 def phases(pixels: UInt8[Tensor, "b c h w"], index: Sequence[int], seed: int) -> UInt8[Tensor, "b c h w"]:
@@ -92,10 +127,15 @@ def phases(pixels: UInt8[Tensor, "b c h w"], index: Sequence[int], seed: int) ->
 def edge_energy(pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1 h w"]:
     """Where edges lie, at the scale of objects: Sobel's gradient magnitude of the grey picture, then a Gaussian of
     `OBJECT_SCALE` of the shorter side over it."""
-    grey = F.pad(grey_of(pixels), (1, 1, 1, 1), mode="replicate")
+    return blurred(_slope(grey_of(pixels)), OBJECT_SCALE * min(pixels.shape[2:]))
+
+
+def _slope(grey: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
+    """Sobel's gradient magnitude, in levels a pixel."""
+    grey = F.pad(grey, (1, 1, 1, 1), mode="replicate")
     kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
     across, down = (F.conv2d(grey, k.contiguous()[None, None]) for k in (kernel, kernel.T))
-    return blurred((across.square() + down.square()).sqrt(), OBJECT_SCALE * min(pixels.shape[2:]))
+    return (across.square() + down.square()).sqrt()
 
 
 def edge_correlation(before: UInt8[Tensor, "b c h w"], after: UInt8[Tensor, "b c h w"]) -> Float[np.ndarray, "b"]:
@@ -188,10 +228,9 @@ def _white(size: tuple[int, ...], seed: int) -> Float[Tensor, "1 h w"]:
 
 
 def _noise(size: tuple[int, int], seed: int) -> Float[Tensor, "1 h w"]:
-    """Fine noise of deviation 1: white, without what a Gaussian of a 32nd of the side would leave of it."""
+    """Fine noise of -1 and 1: the sign of white noise without what a Gaussian of a 32nd of the side would leave of it."""
     white = _white(size, seed)
-    fine = white - blurred(white[None], min(size) / 32)[0]
-    return fine / fine.std()
+    return (white - blurred(white[None], min(size) / 32)[0]).sign()
 
 
 def levels(grey: Float[Tensor, "b 1 h w"], channels: int) -> UInt8[Tensor, "b c h w"]:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vitrail.analysis.walk import Step
-from vitrail.commands.figures import counted, pair
+from vitrail.commands.figures import counted, pair, ready
 from vitrail.commands.predict import find, printable
 from vitrail.commands.reading import called
 from vitrail.core.device import pick_device
@@ -62,6 +62,8 @@ class Settings:
 def run(settings: Settings) -> int:
     if settings.top < 1:
         raise UserError(f"--top is {settings.top}; give at least 1.")
+    if settings.out.is_dir():
+        raise UserError(f"--out {settings.out} is a folder; give a file, as {settings.out / 'explained.html'}.")
     samples, problems = find((settings.picture,))
     if problems:
         raise UserError(str(problems[0].problem))
@@ -75,6 +77,7 @@ def run(settings: Settings) -> int:
         image=pair(settings.size),
         preprocess=settings.preprocess or None,
     ).to(pick_device(settings.device or None))
+    ready(settings.out.parent, settings.out)
     backbone = model.backbone if isinstance(model, Classifier) else model
     open_layers = counted(
         settings.layers, backbone.depth, "--layers", "block" if isinstance(backbone, ViT) else "stage"
@@ -128,7 +131,6 @@ def run(settings: Settings) -> int:
         costs=costs,
         **_seen(model, pixels),
     )
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
     write_explanation(settings.out, explained)
     if settings.json:
         found = {
@@ -162,6 +164,9 @@ def _seen(model: Any, pixels: torch.Tensor) -> dict[str, Any]:
         features = traced.features
         reads = answer_reads(traced)
         found["cut"] = traced.grid
+        if backbone.config.trunk is not None:
+            (y, x), (tall, wide) = traced.grid, backbone.config.patch
+            found["mapped"] = y * tall, x * wide, backbone.config.trunk.channels
         found["looked"] = np.stack([attention_of(traced, layer, reads)[0] for layer in range(traced.depth)])
         found["rolled"] = traced.on_grid(rollout(traced))[0]
         kind = "block"

@@ -5,6 +5,7 @@ asked for by name and cannot be drawn is an error.
 """
 
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +90,7 @@ def run(settings: Settings) -> int:
         image=pair(settings.size),
         preprocess=settings.preprocess or None,
     ).to(pick_device(settings.device or None))
+    ready(settings.out, settings.out)
     from vitrail.analysis.figures_inside import save_both
     from vitrail.analysis.gallery import FIGURES, Subject
 
@@ -110,7 +112,6 @@ def run(settings: Settings) -> int:
         None if settings.query is None else (settings.query[0] - 1, settings.query[1] - 1),
         class_numbers(settings.classes, model),
     )
-    settings.out.mkdir(parents=True, exist_ok=True)
     table, numbers = Table(box=None, pad_edge=False), {}
     table.add_column("figure", no_wrap=True)
     table.add_column("what it shows", overflow="fold")
@@ -136,6 +137,16 @@ def run(settings: Settings) -> int:
     Console().print(table)
     print(f"written: {settings.out}")
     return 2 if lost else 0
+
+
+def ready(folder: Path, out: Path) -> None:
+    """Makes the folder that --out is or lies in, before any work. Raises UserError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); give another place.") from error
 
 
 def pair(size: tuple[int, ...]) -> tuple[int, int] | None:

@@ -156,6 +156,12 @@ def run(settings: Settings) -> int:
 
 
 def check(settings: Settings) -> None:
+    settings.checkpoint.eager("robustness")
+    if settings.checkpoint.merge:
+        raise UserError(
+            f"robustness examines models as they are, and --merge {settings.checkpoint.merge} changes one of them; leave it "
+            "out."
+        )
     for flag, value, least in (
         ("--batch", settings.batch, 1),
         ("--patch-steps", settings.patch_steps, 1),
@@ -218,9 +224,7 @@ def examine(
         )
     colour = (0,) * len(model.preprocess.mean) if settings.black else alterations.zero_colour(model.preprocess)
     truth = torch.from_numpy(np.asarray(source.labels)[kept]).long()
-    precision = settings.checkpoint.precision
-    if precision == "int8":
-        raise UserError("robustness needs gradients and attention, which int8 has not; give --precision fp32 or bf16.")
+    precision = settings.checkpoint.eager("robustness")
     return Exam(
         pixels, truth, contestants, reference, grid, colour, settings.seed, settings.batch, precision
     ), unreadable  # fmt: skip

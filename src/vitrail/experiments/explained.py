@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from vitrail.analysis.figures_inside import ALIKE, heat
+from vitrail.analysis.gallery import BRIGHT, brightened
 from vitrail.analysis.pixels_as_words import Cost
 from vitrail.analysis.walk import Step
 from vitrail.core.runs import write_whole
@@ -46,8 +47,9 @@ class Explained:
     """What the page says. Maps are on the grid (y, x) of patches, or of a ResNet's last cells.
 
     prepared: the picture as the model is given it. answers: classes with their probabilities, the likeliest first.
-    cut: the grid that the picture is cut into; None for a ResNet. looked: shares of attention of the token that the answer
-    is read from, for each block and head; rolled: their rollout. alike: pairs of a patch and every patch's likeness to it.
+    cut: the grid that the picture is cut into; None for a ResNet. mapped: height, width and channels of a hybrid's map,
+    which is cut in the picture's place. looked: shares of attention of the token that the answer is read from, for each
+    block and head; rolled: their rollout. alike: pairs of a patch and every patch's likeness to it.
     colours: pairs of a place in the model and the main directions of the tokens there.
     """
 
@@ -59,6 +61,7 @@ class Explained:
     steps: tuple[Step, ...]
     answers: tuple[tuple[str, float], ...] = ()
     cut: tuple[int, int] | None = None
+    mapped: tuple[int, int, int] | None = None
     looked: Float[np.ndarray, "layers heads y x"] | None = None
     rolled: Float[np.ndarray, "y x"] | None = None
     alike: tuple[tuple[tuple[int, int], np.ndarray], ...] = ()
@@ -135,7 +138,15 @@ def _words(of: Explained, grid: tuple[int, int]) -> str:
     )
     flat = next((step for step in of.steps if step.name.startswith("patches")), None)
     rows = "" if flat is None else f" Flattened, they are {flat.shape[0]} rows of {flat.shape[1]:,} numbers."
-    said = f"Cut into {y} x {x} = {y * x} patches of {down:g} x {across:g} pixels, read row by row.{rows}"
+    if of.mapped is None:
+        said = f"Cut into {y} x {x} = {y * x} patches of {down:g} x {across:g} pixels, read row by row.{rows}"
+    else:
+        tall, wide, channels = of.mapped
+        said = (
+            f"A ResNet makes a map of {tall} x {wide} cells of {channels:,} numbers, and it is the map that is cut: into "
+            f"{y} x {x} = {y * x} words of {tall / y:g} x {wide / x:g} cells, read row by row. Drawn is where each lies; it "
+            f"has seen more than its {down:g} x {across:g} pixels.{rows}"
+        )
     return f'<p class="note">{said}</p>{drawing}'
 
 
@@ -146,7 +157,7 @@ def _looks(
 ) -> str:
     rollout = [
         (_image(prepared, "the picture"), "the picture"),
-        (_image(heat(_to_one(rolled)), "rollout"), "through all blocks: attention rollout"),
+        (_image(heat(brightened(rolled)), "rollout"), "through all blocks: attention rollout"),
     ]
     means = [
         (_image(heat(_to_one(maps.mean(0))), f"block {number}"), f"block {number}")
@@ -161,7 +172,8 @@ def _looks(
         folded += f'<p class="note">block {number}</p>{_maps(heads)}'
     note = (
         '<p class="note">What the token that the answer is read from looks at: the brightest patch has the largest share of '
-        "its map.</p>"
+        f"its map. In the rollout the brightest are those from its {BRIGHT}th percentile on, for a single odd patch would "
+        "leave the others dark.</p>"
     )
     folded = f"<details><summary>head by head</summary>{folded}</details>"
     return (

@@ -28,6 +28,7 @@ from torch import Tensor
 from vitrail.analysis import equivariance, locality, robustness, robustness_tests, textures
 from vitrail.analysis.alterations import sized
 from vitrail.analysis.corruptions import CORRUPTIONS
+from vitrail.analysis.internals import trace
 from vitrail.analysis.robustness import Curve, Exam, Test
 from vitrail.core.errors import UserError
 from vitrail.core.runs import read_json, write_json, write_whole
@@ -38,7 +39,7 @@ from vitrail.inference.features import weights_hash
 from vitrail.models.classifier import Classifier
 from vitrail.models.vit import ViT
 
-FORMAT = 1
+FORMAT = 2
 SHOWN = 4
 """Pictures of a strip."""
 FEW = 16
@@ -219,7 +220,10 @@ def texture_checks(exam: Exam, learning: Learning) -> list[dict[str, Any]]:
 
 
 def properties_of(model: Classifier, exam: Exam, shifts: Sequence[int]) -> dict[str, Any]:
-    """Equivariance to shifts and to the order of patches, and how far each layer reads. Shifts are cyclic, to the right."""
+    """Equivariance to shifts and to the order of patches, and how far each layer reads. Shifts are cyclic, to the right.
+
+    "attention within", of a ViT: by block, the heads' mean share of attention that stays within so many pixels.
+    """
     size = model.preprocess.size
     images = sized(exam.pixels[:FEW], size).to(next(model.parameters()).device)
     found: dict[str, Any] = {"stride": _stride(model), "shifts": [], "size": list(size)}
@@ -238,6 +242,12 @@ def properties_of(model: Classifier, exam: Exam, shifts: Sequence[int]) -> dict[
     if isinstance(backbone, ViT):
         order = equivariance.permutation(model, images[: FEW // 4], exam.seed)
         found["permutation"] = {name: float(np.max(value)) for name, value in asdict(order).items()}
+        traced, reach = trace(model, images), [part * min(size) for part in (1 / 8, 1 / 4, 1 / 2)]
+        found["attention within"] = {
+            "pixels": reach,
+            "shares": locality.attention_within(traced, reach).mean((0, 2)).tolist(),
+            "even": locality.even_within(traced, reach).tolist(),
+        }
     fields = locality.receptive_fields(model, images, exam.seed)
     found["radii"] = [float(radius) for radius in fields.radii]
     found["even"] = fields.even

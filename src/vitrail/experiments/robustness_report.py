@@ -127,8 +127,8 @@ def _drops(of: Subject, found: Finished) -> Section | None:
     ]
     caption = (
         f"Accuracy on {of.count:,} pictures against the area whose pixels are lost, with 95 % intervals. Salient patches "
-        "are the fewest that hold 10, 20, ... 95 % of the attention, non-salient ones all but those that hold the rest; "
-        "so their places on the axis are means over pictures."
+        f"are the fewest that hold {_shares(curves)} of the attention, non-salient ones all but those that hold the "
+        "rest; so their places on the axis are means over pictures."
     )
     claim = (
         "ViTs are highly robust to severe occlusions, and keep as much as 60 % top-1 accuracy on ImageNet with 80 % of the "
@@ -136,6 +136,12 @@ def _drops(of: Subject, found: Finished) -> Section | None:
     )
     pictures = tuple(_strip(found, curve.name) for curve in curves)
     return Section("Patches dropped", claim, (_curves("drop", caption, panels), *pictures), _table(curves, of.names))
+
+
+def _shares(curves: Sequence[Curve]) -> str:
+    """10, 20, 95 %: what was asked for."""
+    asked = sorted({point.strength for curve in curves for point in curve.points if point.strength > 0})
+    return ", ".join(f"{100 * share:g}" for share in asked) + " %"
 
 
 def _shuffles(of: Subject, found: Finished) -> Section | None:
@@ -272,6 +278,13 @@ def _properties(of: Subject, found: Finished) -> Section | None:
                 f"{name}: with its patches in another order the features follow with a relative error of "
                 f"{order['with_positions']:.3g} with positions, {order['without_positions']:.2g} without in fp32, "
                 f"{order['exact']:.2g} with sums that have no order."
+            )
+        within = found.properties[name].get("attention within")
+        if within:
+            lines.append(
+                f"{name}: within {within['pixels'][0]:g} pixels stay {100 * within['shares'][0][0]:.0f} % of the first "
+                f"block's attention and {100 * within['shares'][-1][0]:.0f} % of the last's; evenly it would be "
+                f"{100 * within['even'][0]:.0f} %."
             )
     table = "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
     return Section("Equivariance and locality", "", (_curves("properties", caption, panels, columns=2),), table)
