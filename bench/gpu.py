@@ -25,10 +25,13 @@ from vitrail.benchmark import inference, peers, record, training
 from vitrail.benchmark.alternation import alternate, ratio
 from vitrail.benchmark.machine import machine, matrix_products
 from vitrail.benchmark.subject import subject
+from vitrail.weights import zoo
 
 NOMINAL = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s that the makers state (SXM parts)."""
 GOAL = 0.55
+COMPILING = {"training": 4.0, "inference": 2.0}
+"""Seconds that torch.compile takes for a block of a model, each model anew: a careful guess, not yet measured."""
 
 
 class Sitting:
@@ -61,7 +64,10 @@ class Sitting:
         self.write()
 
     def write(self) -> None:
-        command = "python bench/gpu.py" + " --rehearse" * self.settings.rehearse
+        settings = self.settings
+        command = "python bench/gpu.py" + " --rehearse" * settings.rehearse
+        if settings.compiled == settings.rehearse:  # not the default
+            command += " --compiled" if settings.compiled else " --no-compiled"
         seconds = round(time.monotonic() - self.begun, 1)
         record.write(self.path, record.stamped("gpu", {"command": command, "seconds": seconds, **self.found}))
 
@@ -71,7 +77,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None, help="torch.compile")
     parser.add_argument("--rounds", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=9.0, help="no part begins that would end later")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no part begins that may need more than is left")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     settings = parser.parse_args()
     if not settings.rehearse and not torch.cuda.is_available():
@@ -84,17 +90,27 @@ def main() -> int:
         torch.set_float32_matmul_precision("high")
     sitting = Sitting(settings)
     models = {"ViT-Nano/16": (2, 32)} if small else {"ViT-B/16": (256, 224), "ViT-L/16": (128, 224)}
-    wait = 0 if small else 60
+    found = libraries()
     sitting.part("matrix", lambda: matrix(sitting), 0)
-    for name, (batch, side) in models.items():
-        sitting.part(f"no waiting {name}", lambda n=name, b=batch, s=side: no_waiting(sitting, n, b, s), wait)
-        sitting.part(f"training {name}", lambda n=name, b=batch, s=side: train(sitting, n, b, s), 2 * wait)
-    for name, (batch, side) in models.items():
-        sitting.part(f"inference {name}", lambda n=name, b=batch, s=side: infer(sitting, n, b, s), wait)
-    sitting.part("quantised", lambda: quantised(sitting, *next((n, *v) for n, v in models.items())), wait)
+    for place, (name, (batch, side)) in enumerate(models.items()):
+        given: Any = (sitting, name, batch, side)
+        sides = 1 + len(found)
+        sitting.part(f"no waiting {name}", lambda g=given: no_waiting(*g), needed(sitting, name, "training", 0))
+        sitting.part(f"training {name}", lambda g=given: train(*g), needed(sitting, name, "training", sides))
+        sitting.part(f"inference {name}", lambda g=given: infer(*g), needed(sitting, name, "inference", sides))
+        if place == 0:  # of the smaller model: the larger one's parts may take what is left
+            sitting.part("quantised", lambda g=given: quantised(*g), needed(sitting, name, "inference", 3))
     print(json.dumps({**sitting.found, "machine": machine()}, indent=1)[:6000])
     print(f"written: {sitting.path}", file=sys.stderr)
     return int(bool(sitting.found["failed"]))
+
+
+def needed(sitting: Sitting, name: str, kind: str, sides: int) -> float:
+    """Seconds that a part may take at most: so many models are compiled, the rest is measuring."""
+    if sitting.settings.rehearse:
+        return 0
+    compiling = COMPILING[kind] * zoo.config(name).depth * sides if sitting.settings.compiled else 0
+    return 30 + compiling
 
 
 def libraries() -> list[str]:
@@ -123,13 +139,13 @@ def train(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
     sides, peaks = {}, {}
     for library in ("vitrail", *libraries()):
         model = subject(name, side)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what ran before, in other parts too, is not this side's
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         sides[library] = training.side(library, model, batch, device, "bf16", compile=compiled)
         for _ in range(3):  # compiles, and finds the kernels
             sides[library]()
         peaks[library] = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
     products = matrix_products(device, ("bf16",), 128 if sitting.settings.rehearse else 0)
     seconds = alternate({**sides, **products.sides}, rounds=sitting.settings.rounds, shortest=0.2)
     flops, rate = training.flops(model, batch), products.rates(seconds)["bf16"]

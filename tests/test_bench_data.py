@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from vitrail.commands import bench_data
-from vitrail.commands.bench_data import AGAINST, BLOCK, Settings, run, sentences, sides, summary
+from vitrail.commands.bench_data import AGAINST, BLOCK, Settings, drawn, run, sentences, sides, summary
+from vitrail.commands.flags import parse
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
 from vitrail.data import splits
@@ -70,14 +71,23 @@ def test_it_runs(folder: Path, packed: Path, capsys: pytest.CaptureFixture[str])
     assert "packed bicubic against timm" in said
     assert "Training ViT-Ti/16 on packed pictures is " in said
     (folder / "a" / "bad.jpg").write_bytes(b"not a picture")
-    assert run(Settings(str(folder), size=32, seconds=0.05, json=True)) == 0
-    result = json.loads(capsys.readouterr().out)
+    out = folder.parent / "out"
+    flags = ["--data", str(folder), "--size", "32", "--seconds", "0.05"]
+    flags += ["--json", str(out / "data.json"), "--plot", str(out / "data.png")]
+    assert run(parse(Settings, flags, "bench data")) == 0
+    assert "pictures per core-second" in capsys.readouterr().out
+    assert (out / "data.png").stat().st_size > 5000
+    record = json.loads((out / "data.json").read_text())
+    assert record["command"] == "vitrail bench data --data photos --size 32 --seconds 0.05"
+    assert record["machine"]["cores"] >= 1
+    (result,) = record["runs"]
+    assert str(folder.parent) not in json.dumps(record)
     assert (result["pictures"], result["unreadable"]) == (6, 1)
     assert result["batches"] >= 2
     assert set(result["ratios"]) == {"vitrail bilinear against torchvision", "vitrail bicubic against timm"}
     for ratio in result["ratios"].values():
         assert ratio["low"] <= ratio["value"] <= ratio["high"]
-    assert set(result["machine"]) == {"idle", "others_share", "load_before"}
+    assert set(result["machine_use"]) == {"idle", "others_share", "load_before"}
     assert torch.get_num_threads() == threads
 
 
@@ -109,11 +119,15 @@ def test_summary() -> None:
         assert ratio["low"] < ratio["value"] < ratio["high"]
         assert ratio["value"] == pytest.approx(wanted, rel=0.05)
         assert ratio["high"] - ratio["low"] < 0.2
+    shown = {line["side"]: line for line in drawn({**times, "packed bilinear": times["timm"]}, 224)["lines"]}
+    assert shown["torchvision"]["speedup"] == {"value": 1, "low": 1, "high": 1}
+    assert shown["vitrail bilinear"]["speedup"] == result["ratios"]["vitrail bilinear against torchvision"]
+    assert "vitrail packed bilinear" in shown
 
 
 def test_what_is_said_of_training() -> None:
     result = {"size": 224, "batches": 3, "rates": {}, "ratios": {}, "unreadable": 0}
-    result["machine"] = {"idle": True, "others_share": 0.0, "load_before": 0.0}
+    result["machine_use"] = {"idle": True, "others_share": 0.0, "load_before": 0.0}
     found = {"model": "ViT-S/16", "workers": 8, "step": 2000.0, "input": 500.0}
     found |= {"device": "cuda", "waits": 0.75, "bound": True}
     (_, said) = sentences({**result, "training": found})

@@ -217,7 +217,7 @@ def test_int8_is_calibrated_gated_and_falls_back(
     fallen = Checkpoint(**flags, int8_drop=-1.0).asking(model, batch=4)
     assert fallen is not None
     assert fallen.precision == "bf16"
-    assert "so int8 is not used" in capsys.readouterr().err
+    assert "so int8 is not used. bf16 is used in its place." in capsys.readouterr().err
 
 
 @unhooked

@@ -121,6 +121,11 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert all(one.share < 1e-4 for one in made.agreements.values())
 
 
+def test_a_head_that_answers_zero_is_told_of(tmp_path: Path) -> None:
+    made = export(Asked(ClassifierConfig(SMALL, 3).build().eval()), "torch-export", tmp_path / "m.pt2")
+    assert made.agreements[16, 16].said.startswith("nothing to compare")
+
+
 def test_features_of_a_bare_backbone_and_a_list_of_sizes(tmp_path: Path) -> None:
     model = waken(SMALL.build())
     made = export(Asked(model), "torch-export", tmp_path / "m.pt2", sizes=((16, 16), (8, 20)))

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
@@ -209,3 +211,31 @@ def test_mean_crop_area_is_the_one_the_docstring_states() -> None:
     drawn = float(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).mean() / 1e6)
     assert math.isclose(stated, 0.375, abs_tol=0.005)
     assert math.isclose(stated, drawn, abs_tol=0.01)
+
+
+class Copies(TorchDispatchMode):
+    """Notes where tensors are copied to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to: list[object] = []
+
+    def __torch_dispatch__(self, operation, kinds, given=(), named=None):  # type: ignore[no-untyped-def]
+        if operation is torch.ops.aten._to_copy.default and "device" in (named or {}):
+            self.to.append(named["device"])
+        return operation(*given, **(named or {}))
+
+
+def test_normalising_copies_nothing_to_a_gpu() -> None:
+    """A copy of two numbers makes the processor wait until the GPU has done all that it was given before."""
+    with FakeTensorMode(), Copies() as copies:
+        pixels = torch.empty(2, 3, 8, 8, dtype=torch.uint8, device="cuda")
+        assert Preprocess().normalize(pixels).device.type == "cuda"
+    assert copies.to == []
+
+
+def test_normalising_is_by_channel() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    found = Preprocess(mean=(0.4, 0.5, 0.6), deviation=(0.2, 0.3, 1.0)).normalize(pixels)
+    for place, (mean, deviation) in enumerate(((0.4, 0.2), (0.5, 0.3), (0.6, 1.0))):
+        assert found[:, place].equal((pixels[:, place].float() / 255 - mean) / deviation)

@@ -10,7 +10,6 @@ they use, so that other programs disturb the ratios little. Theirs are their own
 Ours ends, with the filter of the side it is compared with, at a uint8 batch, flipped, to be normalised on the device.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,15 +58,20 @@ class Settings:
     device: str | None = None
     """Where the model trains, with --model; the fastest there is when not given."""
 
-    json: bool = False
-    """Print JSON instead of sentences."""
+    threads: int = 0
+    """Processor cores that are used, with --model; 0: all there are. Without it one core is."""
+
+    json: Path | None = None
+    """Write everything into this file."""
+
+    plot: Path | None = None
+    """Draw the sides into this PNG or SVG file."""
 
 
 def run(settings: Settings) -> int:
     """Measures pictures per core-second of these pipelines and prints them with their ratios; returns the exit code."""
-    import torch
-
-    from vitrail.benchmark.machine import Others
+    from vitrail.benchmark import record
+    from vitrail.benchmark.machine import Others, pinned
     from vitrail.core.errors import UserError
     from vitrail.data.splits import open_data
 
@@ -80,20 +84,29 @@ def run(settings: Settings) -> int:
     chosen, unreadable = readable(source, packed, settings)
     if not len(chosen):
         raise UserError(f"--data {settings.data}: none of the {unreadable} pictures tried can be read.")
-    others, threads = Others(), torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a data worker
-    times = measure(sides(source, packed, chosen, settings.size), settings.seconds)
-    torch.set_num_threads(threads)
-    result: dict[str, Any] = {
-        **{"data": settings.data, "size": settings.size, "pictures": len(chosen), "unreadable": unreadable},
-        **summary(times),
-    }
-    if settings.model:
-        result["training"] = training(source, settings, "vitrail bilinear", result["rates"])
-        if packed is not None:
-            result["training, packed"] = training(packed, settings, "packed bilinear", result["rates"])
-    result["machine"] = others.result()
-    print(json.dumps(result, indent=2) if settings.json else "\n".join(sentences(result)))
+    with pinned(settings.threads) as threads:
+        others = Others()
+        with pinned(1):  # as in a data worker
+            times = measure(sides(source, packed, chosen, settings.size), settings.seconds)
+        result: dict[str, Any] = {
+            **{"data": record.called(settings.data), "size": settings.size, "threads": threads},
+            **{"pictures": len(chosen), "unreadable": unreadable},
+            **summary(times),
+        }
+        if settings.model:
+            result["training"] = training(source, settings, "vitrail bilinear", result["rates"])
+            if packed is not None:
+                result["training, packed"] = training(packed, settings, "packed bilinear", result["rates"])
+        result["machine_use"] = others.result()
+    print("\n".join(sentences(result)))
+    if settings.json is not None:
+        spoken = record.spoken("bench data", settings)
+        record.write(settings.json, record.stamped("bench_data", {"command": spoken, "runs": [result]}))
+    if settings.plot is not None:
+        from vitrail.analysis.figures import save
+        from vitrail.analysis.figures_speed import speeds
+
+        save(speeds([drawn(times, settings.size)]), settings.plot)
     return 0
 
 
@@ -214,18 +227,36 @@ def summary(times: dict[str, np.ndarray]) -> dict[str, Any]:
     """rates: pictures per core-second of each side, from medians. ratios: how many times faster ours is than each library
     with the same filter, from the whole times, with a 95 % interval by bootstrap over the batches, of which every side
     saw the same."""
-    count = len(next(iter(times.values())))
-    drawn = np.random.default_rng(0).integers(count, size=(2000, count))
-    ratios = {}
-    for library, interpolation in AGAINST.items():
-        for name in (f"vitrail {interpolation}", f"packed {interpolation}"):
-            if name in times:
-                again = times[library][drawn].sum(axis=1) / times[name][drawn].sum(axis=1)
-                low, high = np.quantile(again, [0.025, 0.975]).tolist()
-                value = float(times[library].sum() / times[name].sum())
-                ratios[f"{name} against {library}"] = {"value": value, "low": low, "high": high}
+    ratios = {
+        f"{name} against {library}": speedup(times[library], times[name])
+        for library, interpolation in AGAINST.items()
+        for name in (f"vitrail {interpolation}", f"packed {interpolation}")
+        if name in times
+    }
     rates = {name: float(BLOCK / np.median(taken)) for name, taken in times.items()}
-    return {"batches": count, "rates": rates, "ratios": ratios}
+    return {"batches": len(next(iter(times.values()))), "rates": rates, "ratios": ratios}
+
+
+def speedup(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
+    """How many times faster the second is, with its interval."""
+    drawn = np.random.default_rng(0).integers(len(ours), size=(2000, len(ours)))
+    low, high = np.quantile(theirs[drawn].sum(axis=1) / ours[drawn].sum(axis=1), [0.025, 0.975]).tolist()
+    return {"value": float(theirs.sum() / ours.sum()), "low": low, "high": high}
+
+
+def drawn(times: dict[str, np.ndarray], size: int) -> dict[str, Any]:
+    """All sides beside the first library, as `figures_speed.speeds` takes a run."""
+    reference = next(iter(AGAINST))
+    lines = [
+        {
+            "side": f"vitrail {name}" if name.startswith("packed") else name,
+            "rate": float(BLOCK / np.median(taken)),
+            "speedup": speedup(times[reference], taken),
+        }
+        for name, taken in times.items()
+    ]
+    what = {"model": "Inception crops by one core", "batch": BLOCK, "size": size}
+    return {"what": what, "reference": reference, "lines": lines}
 
 
 def training(source: Any, settings: Settings, side: str, rates: dict[str, float]) -> dict[str, Any]:
@@ -299,7 +330,7 @@ def sentences(result: dict[str, Any]) -> list[str]:
         said.append(f"{result['unreadable']} pictures cannot be read and were left out.")
     from vitrail.benchmark.machine import Others
 
-    if disturbed := Others.sentence(result["machine"]):
+    if disturbed := Others.sentence(result["machine_use"]):
         said.append(disturbed)
     return said
 

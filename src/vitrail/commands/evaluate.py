@@ -5,6 +5,7 @@ its relatives, given as `NAME:PATH`, are measured as their owners do (evaluation
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +78,7 @@ def measured(settings: Settings) -> int:
         console.print(Text(note))
     given = settings.checkpoint
     batch = min(settings.batch, len(source))
-    of = given.asking(model, batch=batch, pictures=len(source))
+    of = given.asking(model, batch=batch, pictures=len(source), weights=settings.weights)
     loader = PictureLoader(
         source,
         Transform(model.preprocess),
@@ -123,24 +124,29 @@ def measured(settings: Settings) -> int:
 def choose(data: str, split: Split, weights: Path) -> tuple[Source, str, tuple[str, ...]]:
     """The pictures to measure on, what they are called, and notes. Raises UserError where the data lack that split."""
     found, notes = splits.read(data)
-    record = (weights if weights.is_dir() else weights.parent) / "split.json"
-    if "train" in found and "validation" not in found and record.exists():
+    return *part(found, data, split, weights), notes
+
+
+def part(found: Mapping[str, Source], data: str, split: Split, weights: Path | None) -> tuple[Source, str]:
+    """The same of what `data` was read as. weights: None where the model is of no run."""
+    record = None if weights is None else (weights if weights.is_dir() else weights.parent) / "split.json"
+    if record is not None and record.exists() and "train" in found and "validation" not in found:
         made = read_json(record)
         # Where these are the run's own pictures, the model has learnt from all but the ones it held out.
         if made.get("fingerprint") == found["train"].fingerprint:
             held, _ = splits.recall(record, found["train"], made["validation"])
             parts = {"train": np.flatnonzero(~held), "validation": np.flatnonzero(held)}
-            found = {**found, **{name: subset(found["train"], part) for name, part in parts.items() if part.size}}
+            found = {**found, **{name: subset(found["train"], some) for name, some in parts.items() if some.size}}
             if not split and "test" not in found and "validation" in found:
-                return found["validation"], "validation (held out by the run)", notes
+                return found["validation"], "validation (held out by the run)"
     if split:
         if split not in found:
             raise UserError(f"{data} has no {split} pictures; it has {listed(found)}: give --split one of these.")
-        return found[split], split, notes
+        return found[split], split
     for name in ("test", "validation"):
         if name in found:
-            return found[name], name, notes
-    return found["train"], "all pictures", notes
+            return found[name], name
+    return found["train"], "all pictures"
 
 
 def counting(settings: Settings, model: Classifier, source: Source) -> Suite:

@@ -92,7 +92,7 @@ def run(settings: Settings) -> int:
             sizes=sizes,
             pixels=settings.uint8,
             precision=settings.precision,
-            source=pictures_for_int8(settings.data) if settings.data else None,
+            source=pictures_for_int8(settings.data, settings.weights) if settings.data else None,
             quantised=quantised,
             tolerance=settings.tolerance,
         )
@@ -126,7 +126,7 @@ def int8(settings: Settings, asked: Asked) -> tuple[Any, list[str]]:
         )
     from vitrail.inference.calibrate import calibrated
 
-    source = pictures_for_int8(settings.calibrate)
+    source = pictures_for_int8(settings.calibrate, settings.weights)
     made, gate = calibrated(asked, source, limit=settings.int8_drop, cache=engine_cache())
     if not gate.passed:
         raise UserError(f"{gate.said} Nothing was written; raise --int8-drop, or give --precision fp32.")

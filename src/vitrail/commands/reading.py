@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -27,9 +28,10 @@ class Checkpoint:
 
     device: str = ""
     """cpu, cuda, cuda:1, mps; none: the fastest there is."""
-    engine: EngineName = "eager"
+    engine: EngineName | Literal[""] = "eager"
     """What runs the model. eager: PyTorch, whose fp32 numbers are those to publish; auto: the fastest here, measured once
-    for this model and batch, and remembered; compile, openvino, onnx: that one."""
+    for this model and batch, and remembered; compile, openvino, onnx: that one; none: auto if that saves time in the end,
+    else eager."""
     precision: EnginePrecision = "fp32"
     """Of matrix products; bf16 changes probabilities in the third digit. int8 needs --calibrate, and OpenVINO."""
     merge: int = 0
@@ -82,18 +84,20 @@ class Checkpoint:
         pictures: int | None = None,
         reading: Reading | None = None,
         preprocess: Preprocess | None = None,
+        weights: Path | None = None,
     ) -> Engine | None:
         """The engine that was asked for, made for `batch` pictures at a time and told of on standard error.
 
         None: plain eager PyTorch, under `autocast`. pictures: how many will be looked at, if that is known: for a few,
-        nothing is measured. reading, preprocess: as of `graphs.Asked`. Raises UserError.
+        nothing is measured. reading, preprocess: as of `graphs.Asked`. weights: where the model is from, for int8 on the
+        pictures of its own run. Raises UserError.
         """
         console = Console(stderr=True, soft_wrap=True)
         precision, quantised = self.precision, None
         if precision == "int8":
-            if self.engine not in ("auto", "openvino"):
+            if self.engine not in ("", "auto", "openvino"):
                 raise UserError(f"--engine {self.engine} has no int8; give --engine auto or openvino.")
-        elif self.engine == "eager" or (self.engine == "auto" and pictures is not None and pictures <= FEW):
+        elif self.engine == "eager" or (self.engine in ("", "auto") and pictures is not None and pictures <= FEW):
             return None
         asked = Asked(model, reading, preprocess)
         if precision == "int8":
@@ -105,20 +109,22 @@ class Checkpoint:
                 raise UserError("--precision int8 has to be calibrated; give --calibrate with pictures of your own.")
             from vitrail.inference.calibrate import calibrated
 
-            source = pictures_for_int8(self.calibrate)
+            source = pictures_for_int8(self.calibrate, weights)
             quantised, gate = calibrated(
                 asked, source, limit=self.int8_drop, cache=engine_cache(), progress=console.is_terminal
             )
-            console.print(Text(gate.said))
+            console.print(Text(gate.said if gate.passed else f"{gate.said} bf16 is used in its place."))
             precision, quantised = ("int8", quantised) if gate.passed else ("bf16", None)
         device = self.on()
-        if self.engine != "auto":
+        if self.engine and self.engine != "auto":
             return engine(asked, self.engine, precision, batch=batch, device=device, quantised=quantised)
-        from vitrail.inference.choose import choose
+        from vitrail.inference.choose import choose, pays
 
-        choice = choose(
-            asked, precision, batch=batch, device=device, quantised=quantised, cache=engine_cache(), progress=True
-        )
+        cache = engine_cache()
+        unasked = not self.engine and self.precision != "int8"
+        if unasked and not pays(asked, precision, pictures=pictures, batch=batch, device=device, cache=cache):
+            return None
+        choice = choose(asked, precision, batch=batch, device=device, quantised=quantised, cache=cache, progress=True)
         console.print(Text(choice.said))
         return choice.engine
 
@@ -128,12 +134,17 @@ def called(weights: Path) -> str:
     return str(weights) if ":" in str(weights) else weights.name
 
 
-def pictures_for_int8(spec: str) -> Source:
-    """What --calibrate names: all of its pictures, with their labels where it has any. Raises UserError."""
+def pictures_for_int8(spec: str, weights: Path | None = None) -> Source:
+    """What --calibrate names, with labels where it has any: the part that evaluate measures on, as a model loses less on
+    pictures that it has learnt.
+
+    weights: where the model is from; of its own run's pictures, only those that it held out. Raises UserError.
+    """
+    from vitrail.commands.evaluate import part
     from vitrail.data import splits, unlabelled
 
     try:
         found, _ = splits.read(spec)
     except UserError:
         found, _ = unlabelled.read(spec)  # which says what is wrong with it, if that is not the labels
-    return next(found[name] for name in ("validation", "train", "test") if name in found)
+    return part(found, spec, "", weights)[0]

@@ -47,8 +47,11 @@ class Preprocess:
 
     def normalize(self, pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Pixels 0..255 to fp32 model input, on whatever device they are on."""
-        mean = torch.tensor(self.mean, device=pixels.device).view(1, -1, 1, 1)
-        deviation = torch.tensor(self.deviation, device=pixels.device).view(1, -1, 1, 1)
+        # Filled in where the pixels are: numbers copied to a GPU would make the processor wait for it at every batch.
+        mean, deviation = (
+            torch.cat([torch.full((1, 1, 1, 1), one, dtype=torch.float32, device=pixels.device) for one in each], 1)
+            for each in (self.mean, self.deviation)
+        )
         return (pixels.float() / 255 - mean) / deviation
 
 

@@ -46,6 +46,10 @@ class Agreement:
 
     @property
     def said(self) -> str:
+        if self.difference == self.scale == 0:
+            return (
+                f"nothing to compare, the model answers 0 to each of {self.count} pictures, as an untrained head does"
+            )
         return f"largest difference {self.difference:.2g} of answers up to {self.scale:.3g}, on {self.count} pictures"
 
 

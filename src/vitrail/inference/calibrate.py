@@ -1,6 +1,7 @@
 """int8 from a person's pictures to a verdict: calibrated on one part, measured on the other, and remembered."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,12 +37,17 @@ def calibrated(
     model: on the CPU, asked for a classifier's logits. source: pictures of its kind; their labels are used where all have
         one and the model knows all of their classes by name. Up to 300 calibrate, and up to 2000 others measure.
 
-    Raises UserError where there are fewer than 10 pictures, or openvino or nncf is missing.
+    Raises UserError where there are fewer than 10 pictures, the model is not on the CPU, or openvino or nncf is missing.
     """
+    if (device := next(model.parameters()).device).type != "cpu":
+        raise UserError(
+            f"int8 is calibrated and run on the CPU, and the model is on {device}; give --device cpu, or --precision bf16."
+        )
     count = len(source)
     if count < FEWEST:
         raise UserError(
-            f"--calibrate has {count} pictures; give at least {FEWEST}: some calibrate int8, others test it."
+            f"--calibrate has {count} pictures (of a run's own data, those that it held out); give at least {FEWEST}: some "
+            "calibrate int8, others test it."
         )
     order = np.random.default_rng(0).permutation(count)
     first = min(PICTURES, count // 2)
@@ -55,8 +61,11 @@ def calibrated(
         return made, known
     found = measured(model, made, held, limit, cache, workers, progress)
     if record is not None:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, asdict(found))
+        try:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_json(record, asdict(found))
+        except (OSError, UserError) as error:
+            print(f"What int8 costs is not remembered: {error}", file=sys.stderr, flush=True)
     return made, found
 
 

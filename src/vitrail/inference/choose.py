@@ -32,6 +32,12 @@ from vitrail.inference.openvino import FORMAT, EnginePrecision, Setup, package_v
 ROUNDS = 7
 SECONDS = 2.0
 """The most that is spent on a candidate's rounds, and no fewer than 3 of them."""
+SAVED = 0.25
+"""Of eager PyTorch's time, what the fastest engine saves at least (docs/speed.md: in fp32 it is 1.3 times as fast)."""
+SETTING_UP, COMPILING = 8.0, 60.0
+"""Seconds until the candidates are ready: OpenVINO's on a CPU, torch.compile's elsewhere."""
+MEASURED = 10
+"""Batches that the candidates look at altogether, where a batch takes a second or more."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +84,20 @@ def choose(
     number = threads or torch.get_num_threads()
     pixels = sample_pictures(whole.preprocess, max(1, min(batch, 8)), size)
     tried = Trial(whole, pixels, batch, size, device, number, quantised, cache, progress)
-    record = None if cache is None else cache / "choices" / f"{key(whole, precision, batch, size, device, number)}.json"
+    record = record_of(whole, precision, batch, size, device, number, cache)
     known = recall(record)
     if known is not None:
         made, reason = tried.made(known[0])
         if made is not None:
             return Choice(made, *known, {}, True)
         print(f"The remembered engine is measured anew: {reason}", file=sys.stderr, flush=True)
-    speeds, rejected, engines = tried.measure(candidates(precision, batch, number, device))
+    setups = candidates(precision, batch, number, device)
+    if not setups:
+        raise UserError(
+            f'{precision} is OpenVINO\'s, on the CPU: give --device cpu, and pip install "vitrail[export]" where it is '
+            "missing; or give another precision."
+        )
+    speeds, rejected, engines = tried.measure(setups)
     if not speeds:
         raise UserError(f"no engine has {precision} here ({'; '.join(rejected.values())}); give another precision.")
     setup = max(speeds, key=speeds.__getitem__)
@@ -97,6 +109,37 @@ def choose(
         except (OSError, UserError) as error:
             print(f"The choice of an engine is not remembered: {error}", file=sys.stderr, flush=True)
     return Choice(engines[setup], setup, said, rejected, False)
+
+
+def pays(
+    model: Model | Asked,
+    precision: EnginePrecision,
+    *,
+    pictures: int | None,
+    batch: int,
+    device: torch.device,
+    cache: Path,
+) -> bool:
+    """Whether so many pictures are worth a choice that nobody asked for: it is remembered, or saves more than it takes.
+
+    pictures: None where nobody knows, as if they were many. A few are timed eagerly to tell, and only where there are
+    enough of them that it can pay at all.
+    """
+    whole, threads = asked(model), torch.get_num_threads()
+    size = whole.preprocess.size
+    if pictures is None or recall(record_of(whole, precision, batch, size, device, threads, cache)) is not None:
+        return True
+    saved = SAVED * pictures - MEASURED * batch
+    if saved <= 0 or len(candidates(precision, batch, threads, device)) < 2:
+        return False
+    count = min(batch, 8) if device.type == "cpu" else batch  # a GPU takes as long for a few
+    pixels = sample_pictures(whole.preprocess, min(count, 8))[torch.arange(count) % min(count, 8)]
+    eager = build(whole, Setup("eager", precision), batch=batch, size=None, device=device, threads=0)
+    eager(pixels[:1])  # what is set up on first use is not timed
+    begun = time.perf_counter()
+    eager(pixels)
+    each = (time.perf_counter() - begun) / count
+    return saved * each > (SETTING_UP if device.type == "cpu" else COMPILING)
 
 
 def candidates(precision: EnginePrecision, batch: int, threads: int, device: torch.device) -> list[Setup]:
@@ -153,7 +196,9 @@ class Trial:
         except UserError as error:
             return None, str(error)
         except Exception as error:  # any runtime's own kinds: a candidate that cannot be had is none, and it is said
-            return None, f"{setup.said} cannot be set up ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
+            # OpenVINO gives the place in its sources first and the reason in the last line.
+            said = " ".join(str(error).split())
+            return None, f"{setup.said} cannot be set up ({type(error).__name__}: {said[:500]})."
         return (
             (engine, "") if found.passed else (None, f"{setup.said} gives other answers than the model ({found.said}).")
         )
@@ -186,6 +231,19 @@ class Trial:
                     engine(images)
                     spent.append(time.perf_counter() - start)
         return {setup: self.batch / statistics.median(spent) for setup, spent in times.items()}, rejected, engines
+
+
+def record_of(
+    model: Asked,
+    precision: str,
+    batch: int,
+    size: tuple[int, int],
+    device: torch.device,
+    threads: int,
+    cache: Path | None,
+) -> Path | None:
+    """The file of a choice that is remembered; None where nothing is."""
+    return None if cache is None else cache / "choices" / f"{key(model, precision, batch, size, device, threads)}.json"
 
 
 def key(model: Asked, precision: str, batch: int, size: tuple[int, int], device: torch.device, threads: int) -> str:

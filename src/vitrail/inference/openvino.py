@@ -5,9 +5,12 @@ that no thread ever waits for another inside a layer. For a batch of one picture
 faster; `choose` tries both.
 """
 
+import functools
 import hashlib
 import json
 import shutil
+import sys
+import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +150,26 @@ class OpenVino:
             "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": self.hint(self.precision),
         }
-        return told if self.cache is None else {**told, "CACHE_DIR": str(self.cache / "compiled")}
+        kept = None if self.cache is None else compiled_folder(self.cache)
+        return told if kept is None else {**told, "CACHE_DIR": str(kept)}
+
+
+@functools.cache
+def compiled_folder(cache: Path) -> Path | None:
+    """Where OpenVINO keeps what it has compiled; None, and one sentence on standard error, where it cannot be written."""
+    folder = cache / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # it may be there, on a disk that is only read
+    except OSError as error:
+        print(
+            f"{folder} cannot be written ({error.strerror}), so OpenVINO compiles anew each time; set VITRAIL_CACHE to a "
+            "folder that can.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+    return folder
 
 
 def graph_key(model: Asked, size: tuple[int, int]) -> str:
