@@ -132,6 +132,18 @@ def test_too_many_unreadable_pictures_end_the_run_at_the_start(name: str, here: 
     assert not (here / "run" / "config.json").exists()
 
 
+def test_data_that_were_mended_as_told_are_taken(here: Path, capsys: Say) -> None:
+    folder(here / "data", each=5)
+    bad = here / "data" / "class1" / "empty.jpg"
+    for out, place in ((["--out", "run"], "run"), ([], "runs/data-vit-nano-8")):
+        bad.write_bytes(b"")
+        assert main(["train", "--data", "data", *SMALL, *out]) == 2
+        assert "cannot be read, more than 5%" in capsys.readouterr().err
+        bad.unlink()
+        assert main(["train", "--data", "data", *SMALL, *out]) == 0, capsys.readouterr().err
+        assert json.loads((here / place / "split.json").read_text())["classes"]["class1"] == 5
+
+
 @pytest.fixture
 def few_bad(here: Path) -> Path:
     """120 good pictures, some of a wrong suffix, and five or six that cannot be read."""
@@ -210,6 +222,28 @@ def test_a_run_folder_that_cannot_be(here: Path, capsys: Say) -> None:
         assert f"--out {place} cannot be used" in refused(capsys, "train", "--data", "data", *SMALL, "--out", place)
 
 
+def test_each_model_has_a_run_folder_of_its_own(here: Path, capsys: Say) -> None:
+    folder(here / "data", each=5)
+    small = shlex.split("--size 16 --steps 2 --batch 8 --workers 0")
+    for model in ("ViT-Nano/8", "ViT-Nano/4", "ViT-Nano/8"):
+        assert main(["train", "--data", f"{here}/data", "--model", model, *small]) == 0, capsys.readouterr().err
+    places = ["data-vit-nano-4", "data-vit-nano-8", "data-vit-nano-8-2"]
+    assert sorted(path.name for path in (here / "runs").iterdir()) == places
+    capsys.readouterr()
+    for model, place in (("ViT-Nano/4", places[0]), ("ViT-Nano/8", places[2])):
+        assert main(["train", "--data", f"{here}/data", "--model", model, *small, "--resume"]) == 0
+        assert f"run folder: runs/{place} " in capsys.readouterr().out
+
+
+def test_a_class_whose_name_is_no_utf8(here: Path, capsys: Say) -> None:
+    data = folder(here / "data", classes=2, each=5)
+    (data / "class1").rename(os.fsdecode(os.fsencode(data) + b"/caf\xe9"))
+    assert main(["train", "--data", "data", *SMALL, "--out", "run"]) == 0
+    assert json.loads((here / "run" / "config.json").read_text())["data"]["classes"] == ["caf\\xe9", "class0"]
+    assert main(["evaluate", "run", "--data", "data", "--workers", "0"]) == 0
+    assert "caf\\xe9" in capsys.readouterr().out
+
+
 # The checkpoint.
 
 
@@ -261,6 +295,14 @@ def test_a_spoilt_checkpoint(
     error = refused(capsys, verb, *arguments)
     assert said in error
     assert "model.safetensors" in error
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--model", "ViT-B/16"), ("--positions", "learned")])
+def test_weights_with_another_model(flag: str, value: str, checkpoint: Path, here: Path, capsys: Say) -> None:
+    folder(here / "data", each=5)
+    given = ["finetune", "--data", "data", "--weights", checkpoint, "--steps", 2, "--out", "run", flag, value]
+    assert refused(capsys, *given).startswith(f"{flag} {value} is for random weights, and --weights {checkpoint} has")
+    assert not (here / "run").exists()
 
 
 def test_classes_that_the_checkpoint_does_not_know(checkpoint: Path, here: Path, capsys: Say) -> None:
@@ -402,7 +444,8 @@ def test_too_little_memory_names_what_fits(processes: Nursery) -> None:
     said = error.splitlines()[-1]
     found = re.fullmatch(
         r"A batch of 48 pictures does not fit into cpu memory; (\d+) at a time do: add --accumulate (\d+) "
-        r"\(the same numbers, in parts\) or give --batch (\d+)\.",
+        r"\(the same numbers, but for what is drawn at random\) or give --batch (\d+); a run that has begun needs another "
+        r"--out for that\.",
         said,
     )
     assert found, error

@@ -13,7 +13,7 @@ import pytest
 
 from vitrail import cli
 from vitrail.commands import bench_data, evaluate, models, predict
-from vitrail.commands.flags import parse, read_toml
+from vitrail.commands.flags import given, parse, read_toml
 from vitrail.core.errors import UserError
 from vitrail.experiments.recipe import FINETUNE, Recipe, flat, with_settings
 
@@ -51,7 +51,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fields(recipe: Recipe) -> Iterator[str]:
     for group in dataclasses.fields(recipe):
-        if group.name != "own":
+        if group.name not in ("own", "given"):
             yield from (field.name for field in dataclasses.fields(getattr(recipe, group.name)))
 
 
@@ -122,6 +122,21 @@ def test_flags_become_settings_and_leave_the_rest_alone() -> None:
     assert parse(Recipe, ["--rate=0.5", "--no-balance"], "train", recipe).optimiser.rate == 0.5
 
 
+def test_given_are_the_flags_that_stand_there_be_it_for_the_default() -> None:
+    typed = ["--seed", "0", "--no-flip", "--log-every=50", "--size", "28", "32", "--data", "train", "--rate", "-1"]
+    assert given(typed) == {"seed", "flip", "log_every", "size", "data", "rate"}
+    assert given([]) == frozenset()
+
+
+def test_help_says_of_no_group_what_its_flags_deny(capsys: pytest.CaptureFixture[str]) -> None:
+    """Augmentation alone does nothing, but a recipe flips."""
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "What is done to a batch, in this order." in said
+    assert "nothing but normalise" not in said
+
+
 def from_toml(tmp_path: Path, text: str, *arguments: str) -> Recipe:
     (tmp_path / "settings.toml").write_text(text)
     rest, settings, name = read_toml(["--config", str(tmp_path / "settings.toml"), *arguments])
@@ -140,6 +155,14 @@ def test_toml_sets_any_setting_and_flags_win(tmp_path: Path) -> None:
     assert recipe.data.balance is False
     assert recipe.augmentation.randaugment == (2, 9.0)
     assert recipe.run.out == Path("o")
+
+
+def test_one_number_may_stand_for_a_size(tmp_path: Path) -> None:
+    assert from_toml(tmp_path, "size = 32").data.size == (32,)
+    assert with_settings(Recipe(), {"size": 32}, "vitrail.fit").data.size == (32,)
+    for wrong in ('"32"', "true", "32.5"):
+        with pytest.raises(UserError, match="size"):
+            from_toml(tmp_path, f"size = {wrong}")
 
 
 def test_every_setting_can_stand_in_toml(tmp_path: Path) -> None:

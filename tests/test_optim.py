@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from vitrail.core.errors import UserError
 from vitrail.training.optim import Average, Optimiser, Schedule, decays, set_rate
 
 STEPS = 12
@@ -132,7 +133,7 @@ def test_each_layer_has_its_rate() -> None:
     from vitrail.weights.zoo import create
 
     model = create("ViT-Nano/4", classes=3, image=(16, 16))
-    optimiser = Optimiser(rate=1.0, layer_decay=0.5).build(model, model.layer_of)
+    optimiser = Optimiser(rate=1.0, layer_decay=0.5).build(model)
     set_rate(optimiser, 1.0)
     depth = model.config.backbone.depth
     seen = 0
@@ -142,6 +143,13 @@ def test_each_layer_has_its_rate() -> None:
             assert group["lr"] == pytest.approx(0.5 ** (depth + 1 - model.layer_of(name))), name
             seen += 1
     assert seen == len(list(model.parameters()))
+
+
+def test_layers_without_numbers_have_no_rates_of_their_own() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    assert {group["lr"] for group in Optimiser(rate=1.0).build(network).param_groups} == {1.0}
+    with pytest.raises(UserError, match=r"--layer-decay 0\.75 .* Sequential has no layer_of"):
+        Optimiser(rate=1.0, layer_decay=0.75).build(network)
 
 
 def official(step: int, total: int, base: float, kind: str, warmup: int, end: float) -> float:

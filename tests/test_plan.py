@@ -1,12 +1,15 @@
 """What is planned, and what a person set and so stays as it is."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess, Sample
 from vitrail.experiments.costs import picture_sizes
-from vitrail.experiments.plan import DataFacts, Machine, change, pair, plan, plan_length, samples, steps
+from vitrail.experiments.plan import OF_WEIGHTS, DataFacts, Machine, change, pair, plan, plan_length, samples, steps
 from vitrail.experiments.recipe import RANGES, Recipe, check, flat, with_settings
 from vitrail.training.optim import Optimiser
 
@@ -99,9 +102,34 @@ def test_each_number_has_a_range_and_each_default_lies_in_it() -> None:
                 check(with_settings(Recipe(), {name: value}, "test"))
 
 
+def test_weights_bring_their_own_model() -> None:
+    weights = change(Recipe(), "model", weights=Path("w"))
+    check(with_settings(weights, {"model": "", "positions": "planned", "pool": "mean"}, "test"))
+    for name, value in (("model", "ViT-B/16"), ("positions", "learned")):
+        with pytest.raises(UserError, match=f"--{name} {value} is for random weights, and --weights w has"):
+            check(with_settings(weights, {name: value}, "test"))
+    # Of a recipe that names them for its own weights, the record says what is so.
+    named = change(weights, "model", model="ViT-B/16", positions="learned")
+    check(named)
+    planned, said = plan(named, LARGE, GPU, (384, Preprocess(size=(224, 224))))
+    assert (planned.model.model, planned.model.positions) == (OF_WEIGHTS, "planned")
+    assert f"model {OF_WEIGHTS}, not the recipe's ViT-B/16" in said
+    again, said = plan(planned, LARGE, GPU, (384, Preprocess(size=(224, 224))))
+    assert again == planned
+    assert not said
+
+
+def test_settings_that_cannot_be_written_down() -> None:
+    for name in ("data", "out", "weights"):
+        with pytest.raises(UserError, match=rf"--{name} caf\\xe9 is not UTF-8"):
+            check(with_settings(Recipe(), {name: os.fsdecode(b"caf\xe9")}, "test"))
+
+
 def test_settings_by_name() -> None:
     recipe = with_settings(Recipe(), {"betas": (0.8, 0.9), "rate": 1}, "test")
     assert recipe.optimiser == Optimiser(betas=(0.8, 0.9), rate=1.0)
+    assert recipe.given == {"betas", "rate"}
+    assert with_settings(recipe, {"seed": 0}, "test").given == {"betas", "rate", "seed"}
     with pytest.raises(UserError, match=r"test has no setting named 'rte'; the nearest is 'rate'\."):
         with_settings(Recipe(), {"rte": 1}, "test")
     with pytest.raises(UserError, match="test: "):

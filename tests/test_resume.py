@@ -1,5 +1,6 @@
 """A run that is killed goes on as if it had not been: the weights are the same to the bit, whatever moment it died at."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -15,6 +16,8 @@ from processes import Child, Nursery
 
 from vitrail.cli import main
 from vitrail.core.runs import RunFolder
+from vitrail.experiments.place import open_folder
+from vitrail.experiments.recipe import Recipe, with_settings
 from vitrail.weights.load import load
 
 COMMAND = shlex.split(
@@ -246,6 +249,22 @@ def test_other_settings_are_refused(flag: str, value: str, copy: Path, capsys: p
     assert before == {path.name: path.read_bytes() for path in copy.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--mixup", "0", "--mixup 0.2"),
+        ("--crop", "planned", "--crop"),
+        ("--config", "a.toml", "--dropout 0.1, not 0.0"),
+    ],
+)
+def test_so_is_the_default_where_it_is_asked_for(
+    flag: str, value: str, said: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy.parent / "a.toml").write_text("dropout = 0.0\n")
+    assert main(["train", "--data", "data", "--out", "whole", "--resume", flag, value]) == 2
+    assert capsys.readouterr().err.startswith(f"--resume: this run began with {said}")
+
+
 def test_other_pictures_are_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = next((copy.parent / "data" / "class1").iterdir())
     kept.write_bytes(kept.read_bytes() + b" ")
@@ -258,6 +277,15 @@ def test_free_settings_may_change(copy: Path, capsys: pytest.CaptureFixture[str]
     before = (copy / "model.safetensors").read_bytes()
     assert main([*COMMAND, "--out", "whole", "--resume", "--workers", "0", "--save-minutes", "9"]) == 0
     assert (copy / "model.safetensors").read_bytes() == before
+
+
+def test_free_settings_may_go_back_to_the_default(copy: Path) -> None:
+    recipe = with_settings(Recipe(), {"out": copy, "resume": True, "log_every": 50}, "test")
+    for asked, expected in ((recipe, 50), (dataclasses.replace(recipe, given=frozenset()), 1)):
+        held, continued = open_folder(asked)
+        assert held is not None
+        held.close()
+        assert continued.run.log_every == expected
 
 
 def test_spoilt_states_are_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from vitrail.core.errors import UserError
 from vitrail.core.types import Sample, Source
 from vitrail.data.decode import decode
-from vitrail.data.folders import read_folder, walk
+from vitrail.data.folders import read_folder, read_folders, walk
 from vitrail.data.sources import (
     SAMPLES,
     MemorySource,
@@ -120,6 +120,28 @@ def test_name_that_is_no_utf8_can_be_opened_and_written_down(tmp_path: Path) -> 
     assert isinstance(odd.picture, Path)
     assert odd.picture.read_bytes() == b"odd"
     odd.name.encode()
+
+
+def test_class_that_is_no_utf8_can_be_opened_and_written_down(tmp_path: Path) -> None:
+    make(tmp_path, cat=1)
+    odd, empty = (Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/caf\xe9", b"/\xff"))
+    for folder in (odd, empty):
+        folder.mkdir()
+        (folder / os.fsdecode(b"\xfe")).write_bytes(b"no picture")
+    (odd / "1.jpg").write_bytes(b"odd")
+    source, notes = read_folder(tmp_path)
+    assert source.classes == ("caf\\xe9", "cat")
+    assert isinstance(source[0].picture, Path)
+    assert source[0].picture.read_bytes() == b"odd"
+    assert read_folder(tmp_path, source.classes)[0].labels.tolist() == source.labels.tolist() == [0, 1]
+    for text in (*source.classes, source[0].name, *notes):
+        text.encode()
+    # One class alone that holds folders is looked into, whatever its name is.
+    (tmp_path / "cat" / "cat0.jpg").unlink()
+    for inner in ("a", "b"):
+        (odd / inner).mkdir()
+    with pytest.raises(UserError, match="has only one class"):
+        read_folders(tmp_path)
 
 
 def test_fingerprint_stays_when_the_folder_moves_and_changes_with_the_data(tmp_path: Path) -> None:

@@ -179,7 +179,9 @@ def test_record_of_other_data_is_refused_with_what_changed(tmp_path: Path) -> No
     (data / "a" / "a0.jpg").rename(data / "a" / "z.jpg")
     assert "names, sizes or order" in refused(data, record=record)
     (data / "a" / "z.jpg").unlink()
-    assert "'a' had 20 pictures and now has 19" in refused(data, record=record)
+    said = refused(data, record=record)
+    assert "'a' had 20 pictures and now has 19" in said
+    assert "another --out" in said
 
 
 NEWER = '{"format": 9, "validation": 0.1, "fingerprint": "", "classes": {}, "held_out": []}'
@@ -243,9 +245,17 @@ def test_bad_data_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_relative_folder_that_is_missing_is_no_hub_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("datasets.load_dataset", fetch)
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert "data/cats does not exist" in refused("data/cats")
+    for spec in ("data/cats", "phtos/train"):
+        said = refused(spec)
+        assert said.startswith(f"{spec} does not exist")
+        assert f"hub:{spec} for a data set of the Hugging Face hub" in said
+    assert "hub:OWNER/NAME" in refused("phtos/train/cats")
 
 
 def test_holding_out_is_fast_on_many_pictures() -> None:

@@ -46,6 +46,12 @@ def parse(kind: type[T], arguments: Sequence[str], verb: str, default: T | None 
         raise UserError(f"vitrail {verb}: {_sentence(said.getvalue())} (vitrail {verb} --help lists all).") from None
 
 
+def given(arguments: Sequence[str]) -> frozenset[str]:
+    """Names of the settings whose flags stand among arguments that `parse` has accepted."""
+    flags = (argument.split("=")[0] for argument in arguments if argument.startswith("--"))
+    return frozenset(flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags)
+
+
 def read_toml(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any], str]:
     """Takes `--config FILE` out of the arguments; (the rest, the file's settings, its name)."""
     rest, settings, name = [], {}, ""
@@ -101,4 +107,6 @@ def _sentence(boxed: str) -> str:
         return f"{flag} {values.replace(',', '')} does not fit {kinds}"
     if missing := re.match(r"Missing from .*?: (\S+) (?:[A-Z]{2,} )?(.*?) ?\(required\)", said):
         return f"{missing[1]} is missing: {missing[2].rstrip('.')}"
+    if spare := re.match(r"Unrecognized options: (.*)", said):
+        return f"nothing takes {spare[1]}; leave it out, or give it after its flag, in quotes where it has spaces"
     return said or "the arguments could not be read"

@@ -1,5 +1,6 @@
 """`vitrail train`, `vitrail finetune` and `vitrail run`: ways to a recipe, one way to carry it out."""
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vitrail.commands.flags import parse, read_toml
+from vitrail.commands.flags import given, parse, read_toml
 from vitrail.core.errors import UserError
 from vitrail.experiments.plan import change
 from vitrail.experiments.recipe import FINETUNE, Recipe, with_settings
@@ -64,12 +65,12 @@ def _settings(verb: str, arguments: Sequence[str], recipe: Recipe, more: str = "
     """The recipe with what --config, --augreg and the flags change in it, in this order."""
     rest, settings, name = read_toml(arguments)
     rest, level = _level(rest)
-    recipe = with_settings(recipe, settings, f"--config {name}")
+    recipe, asked = with_settings(recipe, settings, f"--config {name}"), given(rest)
     if level is not None:
         from vitrail.experiments.paper import augreg
 
-        recipe = augreg(recipe, level)
-    return parse(Recipe, rest, verb, recipe, more + CONFIG)
+        recipe, asked = augreg(recipe, level), asked | {"mixup", "randaugment"}
+    return dataclasses.replace(parse(Recipe, rest, verb, recipe, more + CONFIG), given=recipe.given | asked)
 
 
 def _level(arguments: Sequence[str]) -> tuple[list[str], str | None]:

@@ -23,7 +23,7 @@ Rng = np.random.Generator
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a batch, in this order. The default does nothing but normalise."""
+    """What is done to a batch, in this order."""
 
     flip: bool = False
     """Turn half of the pictures left to right."""

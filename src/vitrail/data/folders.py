@@ -14,7 +14,7 @@ import numpy as np
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Source
-from vitrail.data.sources import FileSource, Packed, Read, listed, natural, size, split_named
+from vitrail.data.sources import FileSource, Packed, Read, listed, natural, printable, size, split_named
 
 # Every kind of picture that Pillow and pillow-heif decode and that people keep in folders.
 PICTURE_SUFFIXES = tuple(
@@ -40,9 +40,9 @@ def read_folders(root: Path) -> Read:
                 f"{root} has {listed(f.name for f in inside)} but no train folder: add one, or give one of these."
             )
         source, notes = read_folder(root)
-        below = root / source.classes[0]
-        if len(source.classes) == 1 and len(sub_folders(below)) > 1:
-            raise UserError(f"{root} has only one class ({below.name}): if that holds the class folders, give {below}.")
+        first = root / Path(os.fsdecode(source.names[0])).parts[0]
+        if len(source.classes) == 1 and len(sub_folders(first)) > 1:
+            raise UserError(f"{root} has only one class ({first.name}): if that holds the class folders, give {first}.")
         return {"train": source}, notes
     train, notes = read_folder(named["train"])
     found: dict[str, Source] = {"train": train}
@@ -55,7 +55,7 @@ def read_folders(root: Path) -> Read:
         elif sub_folders(folder):
             found[split], more = read_folder(folder, train.classes)
             notes = (*notes, *more)
-    if others := [folder.name for folder in inside if folder not in named.values()]:
+    if others := [printable(folder.name) for folder in inside if folder not in named.values()]:
         notes = (*notes, f"{root}: left alone, for they are no train, val or test folder: {listed(others)}.")
     return found, notes
 
@@ -90,7 +90,7 @@ def walk(folder: Path, root: Path) -> Found:
             if entry.is_dir():
                 yield from visit(Path(entry.path))
             elif Path(entry.name).suffix.lower() not in PICTURE_SUFFIXES:
-                found.others[Path(entry.name).suffix.lower() or entry.name] += 1
+                found.others[printable(Path(entry.name).suffix.lower() or entry.name)] += 1
             elif entry.is_file() or entry.is_symlink():
                 yield Path(entry.path).relative_to(root).as_posix(), size(entry)
 
@@ -105,9 +105,9 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> tuple[FileS
     classes: the names to label by; None takes the sub-folders that hold pictures. Raises UserError where there are no
     pictures, no class folders, or a class that `classes` lacks.
     """
-    folders = sub_folders(root)
-    found = {folder.name: walk(folder, root) for folder in folders}
-    named = [name for name, inside in found.items() if inside.names]
+    walked = [(printable(folder.name), walk(folder, root)) for folder in sub_folders(root)]
+    found = [(name, inside) for name, inside in walked if inside.names]
+    named = [name for name, _ in found]
     loose = [entry for entry in root.iterdir() if is_picture(entry)]
     if not named:
         if loose:
@@ -120,21 +120,20 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> tuple[FileS
         raise UserError(
             f"{root} has the class {unknown[0]!r}, which the training pictures lack: they have {listed(classes)}."
         )
-    order = {name: label for label, name in enumerate(named if classes is None else classes)}
+    order = {name: label for label, name in enumerate(dict.fromkeys(named) if classes is None else classes)}
     notes = []
-    if empty := [name for name, inside in found.items() if not inside.names]:
+    if empty := [name for name, inside in walked if not inside.names]:
         notes.append(f"{root}: left out, for they hold no pictures: {listed(empty)}.")
     if loose:
         notes.append(f"{root}: {len(loose)} pictures outside the class folders were left out.")
-    if others := sum((found[name].others for name in named), Counter()):
+    if others := sum((inside.others for _, inside in found), Counter()):
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         notes.append(f"{root}: {sum(others.values())} files that are no pictures were left alone ({kinds}).")
-    flat = [found[name] for name in named]
     source = FileSource(
         root,
-        Packed.of(os.fsencode(name) for inside in flat for name in inside.names),
-        np.array([count for inside in flat for count in inside.sizes], np.int64),
-        np.repeat([order[name] for name in named], [len(inside.names) for inside in flat]).astype(np.int64),
+        Packed.of(os.fsencode(name) for _, inside in found for name in inside.names),
+        np.array([count for _, inside in found for count in inside.sizes], np.int64),
+        np.repeat([order[name] for name in named], [len(inside.names) for _, inside in found]).astype(np.int64),
         tuple(order),
     )
     return source, tuple(notes)

@@ -112,8 +112,7 @@ class FileSource:
         return self.labels.shape[0]
 
     def key(self, index: int) -> str:
-        # A name that is no UTF-8 must still be printed and written down.
-        return self.names[place(index, len(self))].decode(errors="backslashreplace")
+        return printable(self.names[place(index, len(self))])
 
     def __getitem__(self, index: int) -> Sample:
         name = self.key(index)
@@ -243,6 +242,11 @@ def read_sample(name: str, split: str) -> MemorySource:
 def split_named(word: str) -> str | None:
     """ "train", "validation" or "test" for any way of writing it, None for anything else."""
     return next((split for split, words in SPLITS.items() if word.strip().casefold() in words), None)
+
+
+def printable(name: bytes | str) -> str:
+    """A file's name as text; what is no UTF-8 in it is escaped, for it must still be printed and written down."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def size(file: "os.DirEntry[str] | Path") -> int:

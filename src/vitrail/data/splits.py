@@ -100,11 +100,12 @@ def read(spec: str) -> Read:
         raise UserError(
             f"{spec} is no folder, CSV, JSON or parquet file: give --data one of these, or unpack it first."
         )
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.@:-]*", spec) and not path.parent.exists():
-        return read_hub(spec)
     else:
+        # A folder that was mistyped must not be looked for on the network.
+        name = spec if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.@:-]*", spec) else "OWNER/NAME"
         raise UserError(
-            f"{spec} does not exist: give --data a folder, a CSV, JSON or parquet file, hub:NAME or sample:NAME."
+            f"{spec} does not exist: give --data a folder, a CSV, JSON or parquet file, sample:NAME, or hub:{name} for a "
+            "data set of the Hugging Face hub."
         )
     if "train" not in found:
         raise UserError(f"{spec} has no training pictures: it has {listed(found)}.")
@@ -181,7 +182,7 @@ def recall(record: Path, source: Source, share: float) -> tuple[np.ndarray, tupl
     if fingerprint != source.fingerprint:
         raise UserError(
             f"{record} is the split of other data ({changes(before, class_counts(source))}): bring those data back, or "
-            "delete it to make the split anew."
+            "start a new run with another --out."
         )
     if made != share:
         raise UserError(

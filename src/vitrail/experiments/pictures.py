@@ -101,7 +101,14 @@ def _open(recipe: Recipe) -> Splits:
         return opened(settings.data, validation=settings.validation, seed=recipe.run.seed, record=keep)
 
     found: list[Splits] = []
-    ranks.by_first(lambda: found.append(read()))
+
+    def read_first() -> None:
+        if keep is not None and not recipe.run.resume:
+            # Of a run that was refused before it began; its data may have been mended since.
+            keep.unlink(missing_ok=True)
+        found.append(read())
+
+    ranks.by_first(read_first)
     return found[0] if found else read()  # the others read the split that the first has recorded
 
 

@@ -1,6 +1,5 @@
 """Where a run lies, and what a continued run may change."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,11 @@ def open_folder(recipe: Recipe) -> tuple[RunFolder | None, Recipe]:
 def _place(recipe: Recipe) -> Path:
     """runs/DATA-MODEL, numbered where that is taken; the newest of them when resuming."""
     words = (
-        recipe.data.data or "own",
+        Path(recipe.data.data or "own").name,
         recipe.model.model or (recipe.model.weights and recipe.model.weights.stem) or "vit",
         *([recipe.objective.objective] if recipe.masked else []),
     )
-    name = "-".join(
-        "".join(c if c.isalnum() else "-" for c in Path(str(word)).name).strip("-") for word in words
-    ).lower()
+    name = "-".join("".join(c if c.isalnum() else "-" for c in word).strip("-") for word in words).lower()
     places = [Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000)]
     taken = [place for place in places if (place / "config.json").exists()]
     if not recipe.run.resume:
@@ -58,7 +55,10 @@ def _place(recipe: Recipe) -> Path:
 
 
 def _recall(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """The settings that the run began with; what is asked for now must not contradict them."""
+    """The settings that the run began with; what is asked for now must not contradict them.
+
+    Asked for is whatever was given by name, even the default, and whatever else is not the default.
+    """
     path = folder.file("config.json")
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("format"), int):
@@ -67,12 +67,13 @@ def _recall(recipe: Recipe, folder: RunFolder) -> Recipe:
         raise UserError(f"{path} has format {config['format']}, newer than this version's {FORMAT}; update vitrail.")
     if not all(isinstance(config.get(entry), dict) for entry in ("requested", "settings", "data")):
         raise UserError(f"{path} is damaged (its settings or data are not there); restore it from a copy.")
-    began, default, now = config["requested"], flat(dataclasses.replace(Recipe(), own=recipe.own)), flat(recipe)
-    for name, value in now.items():
-        if name not in FREE_ON_RESUME and value != began.get(name) and value != default[name]:
+    began, default = config["requested"], flat(Recipe())
+    asked = {name: value for name, value in flat(recipe).items() if name in recipe.given or value != default[name]}
+    for name, value in asked.items():
+        if name not in FREE_ON_RESUME and value != began.get(name):
             raise UserError(
                 f"--resume: this run began with --{name.replace('_', '-')} {began.get(name)!r}, not {value!r}; give what "
                 "it began with, or start a new run with another --out."
             )
-    free = {name: value for name, value in now.items() if name in FREE_ON_RESUME and value != default[name]}
+    free = {name: value for name, value in asked.items() if name in FREE_ON_RESUME}
     return with_settings(recipe, {**config["settings"], **free}, str(path))

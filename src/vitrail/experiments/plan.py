@@ -16,6 +16,8 @@ from vitrail.weights import zoo
 
 SMALL = 64
 """Pictures up to this many pixels a side are learned whole, at their own size, with small patches."""
+OF_WEIGHTS = "as the weights have it"
+"""Stands for the name of the model where a run starts from weights."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def plan(
         width, preprocess = start
         size = given.data.size or preprocess.size
         recipe = change(recipe, "data", size=tuple(size))
-        recipe = change(recipe, "model", model=given.model.model or "as the weights have it")
+        if given.model.model not in ("", OF_WEIGHTS):
+            said.append(f"model {OF_WEIGHTS}, not the recipe's {given.model.model}")
+        recipe = change(recipe, "model", model=OF_WEIGHTS, positions="planned")
         tiny = max(size) <= SMALL
     else:
         tiny = max(given.data.size or (facts.height, facts.width)) <= SMALL

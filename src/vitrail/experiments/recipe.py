@@ -19,6 +19,7 @@ from vitrail.core.errors import UserError
 from vitrail.core.types import Objective, Preprocess
 from vitrail.core.values import from_json, to_json
 from vitrail.data.augment import Augmentation
+from vitrail.data.sources import printable
 from vitrail.data.splits import Splits
 from vitrail.models.masked import Targets
 from vitrail.objectives.supervised import CrossEntropy
@@ -136,7 +137,7 @@ class RunSettings:
     precision: Literal["planned", "fp32", "bf16"] = "planned"
     """Of matrix products; weights, norms and losses stay fp32."""
     accumulate: int = 1
-    """Parts that each batch is cut into, to save memory; the numbers stay the same."""
+    """Parts that each batch is cut into, to save memory; the numbers stay the same, but for what is drawn at random."""
     compile: bool = False
     """Compile the model with torch.compile."""
     evaluate_every: float = 1.0
@@ -183,6 +184,8 @@ class Recipe:
     length: LengthSettings = field(default_factory=LengthSettings)
     run: RunSettings = field(default_factory=RunSettings)
     own: Annotated[Own, tyro.conf.Suppress] = field(default_factory=Own)
+    given: Annotated[frozenset[str], tyro.conf.Suppress] = field(default=frozenset(), compare=False)
+    """Names of the settings that somebody asked for, by flag, TOML or keyword, be it for the default."""
 
     @property
     def masked(self) -> bool:
@@ -235,8 +238,21 @@ def check(recipe: Recipe) -> None:
             if not (math.isfinite(value) and value >= low and (high is None or value <= high)):
                 most = " up" if high is None else f" to {high:g}"
                 raise UserError(f"--{name.replace('_', '-')} is {value:g}; give a number from {low:g}{most}.")
+    for name, value in settings.items():
+        if isinstance(value, str) and (said := printable(value)) != value:
+            raise UserError(
+                f"--{name} {said} is not UTF-8, as a run's record has to be; rename it, or give a link to it."
+            )
     if len(settings["size"]) > 2:
         raise UserError(f"--size has {len(settings['size'])} numbers; give one, or height and width.")
+    if recipe.model.weights is not None:
+        # Only where it was asked for: a recipe of the paper names the model that its own weights would have.
+        for name in sorted(recipe.given & {"model", "positions"}):
+            if settings[name] not in ("", "planned"):
+                raise UserError(
+                    f"--{name} {settings[name]} is for random weights, and --weights {recipe.model.weights} has a model of "
+                    f"its own; leave --{name} out, or train from random weights with vitrail train, without --weights."
+                )
     if recipe.masked:
         _check_masked(settings, recipe.own)
     elif recipe.objective != dataclasses.replace(ObjectiveSettings(), objective=recipe.objective.objective):
@@ -266,8 +282,7 @@ def _check_masked(settings: Mapping[str, Any], own: Own) -> None:
 
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Every setting by its flag's name, as plain JSON values."""
-    groups = (getattr(recipe, group.name) for group in dataclasses.fields(recipe) if group.name != "own")
-    return {name: value for group in groups for name, value in _settings(group).items()}
+    return {name: value for group in _groups(recipe).values() for name, value in _settings(group).items()}
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any], origin: str) -> Recipe:
@@ -277,10 +292,7 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any], origin: str) -> R
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             raise UserError(f"{origin} has no setting named {name!r}; the nearest is {near[0]!r}.")
-    for group in dataclasses.fields(recipe):
-        if group.name == "own":
-            continue
-        old = getattr(recipe, group.name)
+    for group, old in _groups(recipe).items():
         given = {name: settings[name] for name in _settings(old) if name in settings}
         if given:
             try:
@@ -289,8 +301,12 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any], origin: str) -> R
                 )
             except ValueError as error:
                 raise UserError(f"{origin}: {error}.") from error
-            recipe = dataclasses.replace(recipe, **{group.name: new})
-    return recipe
+            recipe = dataclasses.replace(recipe, **{group: new})
+    return dataclasses.replace(recipe, given=frozenset({*recipe.given, *settings}))
+
+
+def _groups(recipe: Recipe) -> dict[str, Any]:
+    return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name not in ("own", "given")}
 
 
 def _settings(group: Any) -> dict[str, Any]:

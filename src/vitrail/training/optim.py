@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vitrail.core.errors import UserError
+
 Decay = Literal["adamw", "decoupled", "l2"]
 
 
@@ -46,7 +48,14 @@ class Optimiser:
 
     def build(self, model: nn.Module, layer_of: Callable[[str], int] | None = None) -> torch.optim.Optimizer:
         """Parameter groups: matrices decay, while biases, norms, positions and tokens do not (big_vision decays kernels
-        only). `layer_of` numbers a parameter's layer, for `layer_decay`."""
+        only). `layer_of` numbers a parameter's layer, for `layer_decay`; none: the model's own. Raises UserError where
+        that would be needed and is not there."""
+        layer_of = layer_of or getattr(model, "layer_of", None)
+        if self.layer_decay != 1 and layer_of is None:
+            raise UserError(
+                f"--layer-decay {self.layer_decay:g} needs the layer of each parameter, and {type(model).__qualname__} has "
+                "no layer_of(name) to tell it; add one, or leave --layer-decay out."
+            )
         groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
