@@ -32,7 +32,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     config, model = read_json(arguments.run / "config.json"), vitrail.load(arguments.run).eval()
-    splits = open_data(config["data"]["origin"], seed=config["settings"]["seed"])
+    began = config["settings"]
+    splits = open_data(config["data"]["origin"], validation=began["validation"], seed=began["seed"])
     assert splits.test is not None, "the picture needs a run on data with a test split"
     pixels, labels = prepared(splits.test, model)
     grids, probabilities = seen(model, pixels)

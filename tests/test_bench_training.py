@@ -91,6 +91,8 @@ def test_a_plan_names_what_fits_and_each_does():
     assert not tight.fits
     assert {option.flags.split()[0] for option in tight.options} == {"--checkpointing", "--accumulate", "--batch"}
     assert all(option.peak <= limit for option in tight.options)
+    (parts,) = (option for option in tight.options if option.flags.startswith("--accumulate"))
+    assert parts.cost == "the same numbers, but for what is drawn at random"
 
 
 def test_plan_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

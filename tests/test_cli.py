@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pictures import folder
 
 from vitrail import cli
 from vitrail.weights import zoo
@@ -86,7 +87,7 @@ def test_a_verb_that_is_none_is_answered_with_the_nearest(capsys: pytest.Capture
         (["train", "--crop", "random"], ["'random'", "--crop", "inception"]),
         (["train", "--betas", "0.9"], ["--betas", "2"]),
         (["train", "--balance", "yes"], ["yes"]),
-        (["train", "photos"], ["photos"]),
+        (["train", "photos"], ["nothing takes photos", "leave it out", "--help"]),
         (["train"], ["--data"]),
         (["run"], ["Python file", "recipe"]),
         (["run", "missing.py"], ["missing.py"]),
@@ -117,6 +118,31 @@ def test_a_mistake_has_no_traceback_and_exit_code_2(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [] or not any(tmp_path.rglob("config.json"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["train", "--model", "ViT-Ti/16"], "16 x 16 or 32 x 32"),
+        (["finetune", "--weights", "vitrail:ViT-Micro/7"], "28 x 28 or 35 x 35"),
+        (["pretrain", "--model", "ViT-Ti/16"], "16 x 16 or 32 x 32"),
+    ],
+    ids=["train", "finetune", "pretrain"],
+)
+def test_a_size_that_patches_do_not_divide(
+    arguments: list[str], nearest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = folder(tmp_path / "data", classes=2, each=6)
+    assert cli.main([*arguments, "--data", str(data), "--size", "30", "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("--size: a picture of 30 x 30 pixels")
+    assert said.endswith(f"the nearest sizes that do are {nearest}.\n")
+
+
+def test_an_unknown_model_is_not_taken_for_a_wrong_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = folder(tmp_path / "data", classes=2, each=6)
+    assert cli.main(["train", "--data", str(data), "--model", "ViT-Q/16", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("there is no model named 'ViT-Q/16'")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes close differently elsewhere")
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = f"{sys.executable} -m vitrail models --json | head -n 1"
@@ -143,6 +169,23 @@ def test_the_models_as_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: 
     line = next(line for line in out.splitlines() if "ViT-B/16" in line)
     # 86,567,656 of the paper's ViT-B/16 are these and a head of 1,000 classes: 768 x 1000 + 1000.
     assert {"768", "12", "3072", "197", f"{86_567_656 - 769_000:,}"} <= set(line.split())
+
+
+@pytest.mark.parametrize("asked", [225, 384])
+def test_the_table_names_the_resolution_that_its_numbers_are_of(
+    asked: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["models", "--resolution", str(asked)]) == 0
+    title, *lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    by_name = {line.split()[0]: line.split() for line in lines}
+    if asked == 225:  # 224 for all
+        assert " at 224 pixels" in title
+        assert "pixels" not in by_name["name"]
+        return
+    assert " at about 384 pixels" in title
+    place = by_name["name"].index("pixels")
+    assert (by_name["ViT-H/14"][place], by_name["ViT-L/16"][place]) == ("378", "384")
 
 
 def test_the_models_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,6 +235,25 @@ def test_saving_replaces_whole_files_and_a_failure_leaves_the_old_one(model: Cla
     assert not (tmp_path / "model.safetensors.part").exists()
 
 
+def test_a_runs_folder_is_not_saved_into(model: Classifier, tmp_path: Path) -> None:
+    """Its config.json is what `train --resume` goes on from, its model.safetensors the run's best."""
+    for place, config in (("foreign", '{"model_type": "vit"}'), ("damaged", '{"settings":'), ("words", '"settings"')):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.json").write_text(config)
+        native.save(model, tmp_path / place)
+        assert native.describe(tmp_path / place).kind == "classifier"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"format": 1, "settings": {"model": "ViT-Ti/16"}}')
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"run is the folder of a training run, .*: give another folder, or a file"):
+        native.save(model, run)
+    assert [file.name for file in run.iterdir()] == ["config.json"]
+    native.save(model, run / "other.safetensors")
+    native.save(model, run / "exported")
+    assert (run / "config.json").read_bytes() == before
+
+
 def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(model: Classifier, tmp_path: Path) -> None:
     pytest.importorskip("resource")
     old = native.save(model, tmp_path).read_bytes()

@@ -24,6 +24,8 @@ PROCESS = 330 << 20
 OPTIMISER = Optimiser(rate=1e-4)
 """As a run has it: Adam and clipping, which changes no peak but the last."""
 
+SAME = "the same numbers, but for what is drawn at random"
+
 
 @dataclass(frozen=True)
 class Option:
@@ -137,11 +139,11 @@ def _options(batch: int, checkpointing: bool, accumulate: int, limit: int, needs
             options.append(Option("--checkpointing", again, "a third more time"))
     parts, peak = _accumulation(batch, checkpointing, accumulate, limit, needs)
     if parts:
-        options.append(Option(f"--accumulate {parts}", peak, "the same numbers, in smaller parts"))
+        options.append(Option(f"--accumulate {parts}", peak, SAME))
     elif not checkpointing:
         parts, peak = _accumulation(batch, True, accumulate, limit, needs)
         if parts:
-            options.append(Option(f"--checkpointing --accumulate {parts}", peak, "the same numbers, a third more time"))
+            options.append(Option(f"--checkpointing --accumulate {parts}", peak, f"{SAME}; a third more time"))
     smaller = _smaller(batch, limit, lambda count: needs(count, checkpointing, accumulate))
     if smaller:
         options.append(Option(f"--batch {smaller[0]}", smaller[1], "another batch size needs another rate"))

@@ -43,12 +43,18 @@ def run(settings: Settings) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"Vision Transformers and BiT ResNets at {settings.resolution} pixels, headless"
+    headings = {"width": "width", "depth": "depth", "heads": "heads", "mlp": "MLP"}
+    headings |= {"resolution": "pixels", "tokens": "tokens"}
+    about, sides = f"about {settings.resolution}", {row["resolution"] for row in rows}
+    if len(sides) == 1:
+        del headings["resolution"]
+        about = str(sides.pop())
+    title = f"Vision Transformers and BiT ResNets at {about} pixels, headless"
     table = Table("name", title=title, box=box.SIMPLE_HEAD, padding=0, collapse_padding=True)
-    for heading in ("width", "depth", "heads", "MLP", "tokens", "parameters", "GMACs"):
+    for heading in (*headings.values(), "parameters", "GMACs"):
         table.add_column(heading, justify="right", min_width=len(heading) + 1)
     for row in rows:
-        numbers = ["" if row[key] is None else str(row[key]) for key in ("width", "depth", "heads", "mlp", "tokens")]
+        numbers = ["" if row[key] is None else str(row[key]) for key in headings]
         table.add_row(row["name"], *numbers, f"{row['parameters']:,}", f"{row['macs'] / 1e9:.2f}")
     Console().print(table)
     return 0

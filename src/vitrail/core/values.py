@@ -60,8 +60,10 @@ def _read(kind: Any, data: Any, where: str) -> Any:
             except ValueError:
                 continue
         raise ValueError(f"{where} is {data!r}, which does not fit {kind}")
+    if origin is tuple and arguments[1:] == (Ellipsis,) and isinstance(data, (int, float)):
+        return (_read(arguments[0], data, where),)  # one number stands for one that is alone
     if origin is tuple and isinstance(data, (list, tuple)):
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
+        if arguments[1:] == (Ellipsis,):
             return tuple(_read(arguments[0], item, where) for item in data)
         if len(arguments) == len(data):
             return tuple(_read(option, item, where) for option, item in zip(arguments, data, strict=True))

@@ -115,6 +115,16 @@ def measure_step(
     return step + reads if recipe.data.workers == 0 else max(step, reads / recipe.data.workers)
 
 
+def try_to_compile(device: torch.device) -> None:
+    """Compiles almost nothing, so that what torch.compile lacks is found before a run begins. Raises what it raises."""
+    torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+
+
+def cannot_compile(error: BaseException) -> bool:
+    """Whether torch.compile, or the compiler that it calls, gave up."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process has used at most so far; after a measured step, what training needs."""
     if device.type == "cuda":
@@ -145,9 +155,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of Vitrail's own sources, where they stand in a git checkout."""
+    """The commit of Vitrail's own sources, where they stand in a git checkout and git is there to ask."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
-    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    ask = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git on this machine
+        return None

@@ -21,18 +21,27 @@ from vitrail.core.types import Preprocess, Row
 from vitrail.core.values import to_json
 from vitrail.data.splits import Splits
 from vitrail.experiments import build, pretraining
-from vitrail.experiments.costs import commit, measure_step, peak_memory, this_machine, versions
+from vitrail.experiments.costs import (
+    cannot_compile,
+    commit,
+    measure_step,
+    peak_memory,
+    this_machine,
+    try_to_compile,
+    versions,
+)
 from vitrail.experiments.pictures import open_pictures
 from vitrail.experiments.place import open_folder
-from vitrail.experiments.plan import DataFacts, Machine, plan, plan_length, samples, steps
+from vitrail.experiments.plan import DataFacts, Machine, pair, plan, plan_length, samples, steps
 from vitrail.experiments.recipe import FINETUNE, Own, Recipe, check, flat, with_settings
 from vitrail.experiments.results import Result, Results, measure
 from vitrail.models.classifier import Classifier
 from vitrail.models.masked import MaskedPatchPredictor
 from vitrail.training import loop
-from vitrail.training.log import Log, Metrics, Screen, TensorBoard, WeightsAndBiases, duration
+from vitrail.training.log import Log, Metrics, Screen, TensorBoard, WeightsAndBiases, duration, import_wandb
 from vitrail.training.memory import out_of_memory
 from vitrail.training.pace import Outcome, Pace
+from vitrail.weights import zoo
 from vitrail.weights.conversion import Model
 
 MEASURED_SECONDS, MOST_MEASURED = 3.0, 50
@@ -60,11 +69,19 @@ def run(recipe: Recipe, command: Sequence[str] = (), expected: float | None = No
                 f"{what} could not be written: no space is left on the disk; free some and continue."
             ) from error
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            raise UserError(
-                "The memory is not enough for this run; give a smaller --batch, --size or --model, or fewer --workers."
-            ) from error
+            anew = ", in a new run (another --out)" if folder is not None and folder.started else ""
+            if out_of_memory(error):
+                raise UserError(
+                    "The memory is not enough for this run; give fewer --workers, or a smaller --batch, --size or --model"
+                    f"{anew}."
+                ) from error
+            if cannot_compile(error):
+                reason = " ".join(str(error).split("\n\n")[0].split())
+                raise UserError(
+                    f"--compile: torch.compile does not work here ({reason[:200]}); install a C++ compiler and Python's "
+                    f"headers (g++ and python3-dev, say), or leave --compile out{anew}."
+                ) from error
+            raise
         finally:
             torch.set_num_threads(threads)
             if folder is not None:
@@ -82,6 +99,10 @@ class _Experiment:
     def carry_out(self) -> Result:
         requested = flat(self.recipe)
         start = build.start(self.recipe)  # before the pictures: a file that is missing is soon said
+        if self.recipe.run.wandb:
+            import_wandb()
+        if self.recipe.run.compile:
+            try_to_compile(self.device)
         self.pictures = open_pictures(self.recipe, self.say)
         facts, machine = self.pictures.facts(), this_machine(self.device)
         self._plan(facts, machine, start)
@@ -108,15 +129,22 @@ class _Experiment:
             print(line, flush=True)
 
     def _plan(self, facts: DataFacts, machine: Machine, start: Model | None) -> None:
-        known = None
+        known = config = None
         if start is not None:
             for note in getattr(start, "report").notes:  # noqa: B009, models know nothing of reports
                 self.say(f"weights: {note}")
             backbone = start.backbone if isinstance(start, Classifier) else start
-            known = (backbone.width, start.preprocess)
+            known, config = (backbone.width, start.preprocess), backbone.config
         elif self.recipe.own.preprocess is not None:
             self.recipe = with_settings(self.recipe, {"size": self.recipe.own.preprocess.size}, "the recipe")
-        self.recipe, said = plan(self.recipe, facts, machine, known)
+        if self.recipe.model.model and start is None and self.recipe.own.network is None:
+            zoo.config(self.recipe.model.model)  # so that a name that is not known is not taken for a wrong size
+        try:
+            self.recipe, said = plan(self.recipe, facts, machine, known)
+            if config is not None:
+                dataclasses.replace(config, image=pair(self.recipe.data.size))
+        except UserError as error:
+            raise UserError(f"--size: {error}.") from error
         for line in said:
             self.say(f"planned: {line}")
 

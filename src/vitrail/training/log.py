@@ -94,15 +94,22 @@ class TensorBoard:
         self._writer.close()
 
 
+def import_wandb() -> Any:
+    """The package. Raises UserError where it is not installed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "--wandb needs a package that is not installed: pip install 'vitrail[track]', or give --no-wandb."
+        ) from error
+    return wandb
+
+
 class WeightsAndBiases:
     """Only when asked for; needs `pip install vitrail[track]`."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--wandb needs a package that is not installed: pip install 'vitrail[track]'.") from error
-        self._run = wandb.init(project="vitrail", dir=str(folder), config=dict(settings), resume="allow")
+        self._run = import_wandb().init(project="vitrail", dir=str(folder), config=dict(settings), resume="allow")
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         self._run.log(dict(line), step=int(line["step"]))

@@ -11,6 +11,7 @@ OUT = (
     *("out of memory", "DefaultCPUAllocator", "bad_alloc"),
     *("an't allocate memory", "annot allocate memory", "could not create a memory"),
 )
+ANEW = "a run that has begun needs another --out for that"
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -55,11 +56,12 @@ def what_fits(
             size = -(-rows // parts) * ranks.count()
             return (
                 f"A batch of {rows * ranks.count()} pictures does not fit into {device.type} memory; {size} at a time "
-                f"do: add --accumulate {parts} (the same numbers, in parts) or give --batch {size}."
+                f"do: add --accumulate {parts} (the same numbers, but for what is drawn at random) or give --batch {size}; "
+                f"{ANEW}."
             )
     return (
         f"Even one picture of this size does not fit into {device.type} memory with this model; give a smaller --model "
-        "or --size."
+        f"or --size; {ANEW}."
     )
 
 

@@ -23,7 +23,7 @@ from vitrail.weights.writing import make_folder, save_safetensors
 NAME = "vitrail"
 FORMAT = 1
 KEY = "vitrail"
-FILE = "model.safetensors"
+FILE, CONFIG = "model.safetensors", "config.json"
 Config = ClassifierConfig | ViTConfig | ResNetConfig
 KINDS: dict[str, type[Config]] = {"classifier": ClassifierConfig, "backbone": ViTConfig, "resnet": ResNetConfig}
 
@@ -48,11 +48,17 @@ def save(model: Classifier | ViT | ResNet, destination: str | Path) -> Path:
 
     destination: a path that ends in .safetensors is the file; any other is a folder, made if need be, that gets
         model.safetensors and, for people to read, config.json.
-    Raises UserError where it cannot be written; what stood there before is then still there.
+    Raises UserError where it cannot be written, or the folder is a training run's, whose own config.json tells what the
+        run was; what stood there before is then still there.
     """
     destination = Path(destination)
     folder = destination.parent if destination.suffix == ".safetensors" else destination
     file = destination if destination.suffix == ".safetensors" else folder / FILE
+    if file != destination and _of_a_run(folder / CONFIG):
+        raise UserError(
+            f"{folder} is the folder of a training run, whose weights and settings would be lost: give another folder, or "
+            "a file that ends in .safetensors"
+        )
     description = Description(
         FORMAT,
         "classifier" if isinstance(model, Classifier) else "backbone" if isinstance(model, ViT) else "resnet",
@@ -66,8 +72,16 @@ def save(model: Classifier | ViT | ResNet, destination: str | Path) -> Path:
     make_folder(folder)
     write_whole(file, lambda part: save_safetensors(tensors, part, {KEY: json.dumps(data)}))
     if file != destination:
-        write_json(folder / "config.json", data)
+        write_json(folder / CONFIG, data)
     return file
+
+
+def _of_a_run(config: Path) -> bool:
+    try:
+        data = json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and "settings" in data
 
 
 def write(model: Classifier | ViT | ResNet, destination: Path) -> tuple[str, ...]:
