@@ -15,6 +15,7 @@ from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
 from vitrail.data.decode import UnreadablePicture
 from vitrail.data.transforms import FILTERS, Transform, read
+from vitrail.weights.preprocessing import changed
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -194,8 +195,10 @@ def test_read(tmp_path: Path) -> None:
 
 def test_impossible_settings_are_refused() -> None:
     for preprocess in (Preprocess((64, 64), 48), Preprocess((64, 64), (64, 48))):
-        with pytest.raises(UserError, match="too small for a crop"):
+        with pytest.raises(UserError, match="too small for a crop") as refused:
             Transform(preprocess)
+        advised = str(refused.value).split("--preprocess ")[1].removesuffix(".")
+        assert Transform(changed(preprocess, advised)).preprocess.resize == (64, 64)  # what it says can be typed
     for area in ((0.0, 1.0), (0.5, 0.2), (0.5, 1.5)):
         with pytest.raises(UserError, match="cannot be drawn"):
             Transform(Preprocess(), "inception", area=area)

@@ -59,7 +59,7 @@ class Transform:
         if smallest[0] < size[0] or smallest[1] < size[1]:
             raise UserError(
                 f"a picture resized to {resize} is too small for a crop of {size}: "
-                f"say so as --preprocess ...,resize={size[0]}x{size[1]},size={size[0]}x{size[1]}."
+                f"say so as --preprocess resize={size[0]}x{size[1]},size={size[0]}x{size[1]}."
             )
         if not (0 < self.area[0] <= self.area[1] <= 1 and 0 < self.ratio[0] <= self.ratio[1]):
             raise UserError(f"a crop of area {self.area} and ratio {self.ratio} cannot be drawn: give low, then high.")
