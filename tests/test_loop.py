@@ -312,11 +312,12 @@ class Hungry(Supervised):
         (
             3,
             1,
-            "A batch of 8 pictures does not fit into cpu memory; 2 at a time do: add --accumulate 4 .* or give --batch 2",
+            "A batch of 8 pictures does not fit into cpu memory; 2 at a time do: add --accumulate 4 .the same numbers, but "
+            "for what is drawn at random. or give --batch 2; a run that has begun needs another --out for that.$",
         ),
         (4, 1, "4 at a time do: add --accumulate 2 "),
         (1, 2, "1 at a time do: add --accumulate 8 "),
-        (0, 1, "Even one picture of this size does not fit into cpu memory"),
+        (0, 1, "Even one picture of this size does not fit into cpu memory .* needs another --out for that.$"),
     ],
 )
 def test_out_of_memory_names_what_fits(most: int, accumulate: int, said: str) -> None:

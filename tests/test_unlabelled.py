@@ -13,10 +13,11 @@ from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess, Source
 from vitrail.data.loader import Order, PictureLoader
 from vitrail.data.sources import key, limit, sizes
-from vitrail.data.splits import Splits, turn
+from vitrail.data.splits import Splits, open_data, turn
 from vitrail.data.survey import survey
 from vitrail.data.transforms import Transform
 from vitrail.data.unlabelled import open_pictures
+from vitrail.experiments.photos_data import read_photos
 
 
 def flat(root: Path, count: int = 12, seed: int = 0) -> Path:
@@ -148,3 +149,16 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "all.csv").write_text("path,split\nall/0.png,test\n")
     with pytest.raises(UserError, match="has no training pictures"):
         open_pictures(str(tmp_path / "all.csv"))
+
+
+def test_a_set_that_only_measures_trains_nothing(tmp_path: Path) -> None:
+    """The same sentence whatever was to be trained: by labels, without them, by `fit`."""
+    for label in range(2):
+        flat(tmp_path / "v2" / str(label), 2, seed=label)
+    spec = f"imagenet-v2:{tmp_path / 'v2'}"
+    said = []
+    for opened in (open_data, open_pictures, lambda spec: read_photos(spec, 0.2, 0, None, lambda line: None)):
+        with pytest.raises(UserError) as error:
+            opened(spec)
+        said.append(str(error.value))
+    assert said == [f"{spec} has no training pictures, only test: give it to vitrail evaluate."] * 3

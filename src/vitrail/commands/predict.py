@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -138,6 +138,9 @@ class Printed:
     def add(self, answers: Iterable[Answer]) -> None:
         self.answers += answers
 
+    def best(self) -> Iterator[tuple[str, float] | None]:
+        return iter(())
+
     def __enter__(self) -> "Printed":
         return self
 
@@ -160,6 +163,8 @@ def run(settings: Settings) -> int:
     for flag, value in (("--top", settings.top), ("--batch", settings.batch)):
         if value < 1:
             raise UserError(f"{flag} is {value}; give at least 1.")
+    if settings.promise != Settings.promise and settings.sort_into is None:
+        raise UserError(f"--promise {settings.promise:g} is of --sort-into; give that too, or leave it out.")
     if settings.out is not None:
         kind_of(settings.out)
     model = settings.checkpoint.classifier(settings.weights)
@@ -168,7 +173,8 @@ def run(settings: Settings) -> int:
     if settings.sort_into is not None:
         from vitrail.commands.sorting import sorter  # only here is anything of a fit's run needed
 
-        order = sorter(settings.sort_into, settings.weights, settings.pictures, labels, settings.promise)
+        given = settings.checkpoint
+        order = sorter(settings.sort_into, settings.weights, settings.pictures, labels, settings.promise, given)
     samples, problems = find(settings.pictures)
     for problem in problems:
         complain(f"left out: {problem.problem}")
@@ -181,6 +187,16 @@ def run(settings: Settings) -> int:
         if out.note:
             complain(out.note)
         try:
+            if order is not None:
+                # Whatever ended the last run may have come before its pictures were copied, or they are sorted only now.
+                for number, best in zip(range(min(before, count)), out.best(), strict=False):
+                    if best is not None and best[0] not in labels:
+                        raise UserError(
+                            f"--out {settings.out} names a class {best[0]!r}, which the model has not; mend it there, or "
+                            "delete that file."
+                        )
+                    if best is not None:
+                        placed[order.place(Path(samples[number].name), *best)] += 1
             for answers in stream(
                 *(model, Pictures(samples), model.preprocess, labels),
                 device=given.on(),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitrail.commands.reading import Checkpoint
 from vitrail.core.errors import UserError
 from vitrail.evaluation.chance import Threshold, threshold
 from vitrail.experiments.photos_folder import read_confidences
@@ -55,10 +56,22 @@ class Sorter:
         return [first, *lines, f"copied {placed.total() - there:,} pictures into {self.into}{again}."]
 
 
-def sorter(into: Path, weights: Path, inputs: Sequence[str], labels: Sequence[str], promise: float) -> Sorter:
+def sorter(
+    into: Path, weights: Path, inputs: Sequence[str], labels: Sequence[str], promise: float, checkpoint: Checkpoint
+) -> Sorter:
     """Raises UserError where it cannot be done, before any picture is looked at."""
     if not 0 < promise < 1:
         raise UserError(f"--promise is {promise:g}; give a share of right answers above 0 and below 1, as 0.95.")
+    changes = {
+        f"--merge {checkpoint.merge}": checkpoint.merge,
+        "--precision int8": checkpoint.precision == "int8",
+        f"--preprocess {checkpoint.preprocess}": checkpoint.preprocess,
+    }
+    for flag in (flag for flag, there in changes.items() if there):
+        raise UserError(
+            f"--sort-into keeps a promise that was measured on the model as it is, and {flag} changes its answers; leave one"
+            " of them out."
+        )
     target = into.resolve()
     if into.exists() and not into.is_dir():
         raise UserError(f"--sort-into {into} is a file; give a folder.")

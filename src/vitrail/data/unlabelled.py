@@ -61,6 +61,8 @@ def open_pictures(spec: str, *, validation: float = 0.1, seed: int = 0, record: 
     if not 0 <= validation < 1:
         raise UserError(f"--validation is {validation}: give a share of the training pictures from 0 up to below 1.")
     found, notes = read(spec)
+    if "train" not in found:
+        raise UserError(f"{spec} has no training pictures, only {listed(found)}: give it to vitrail evaluate.")
     train, own, test = found["train"], found.get("validation"), found.get("test")
     if own is not None or validation == 0:
         return Splits(train, own, test, spec, False, notes)
@@ -78,7 +80,7 @@ def open_pictures(spec: str, *, validation: float = 0.1, seed: int = 0, record: 
 
 
 def read(spec: str) -> Read:
-    """The sources that a spec names, by split, "train" always among them."""
+    """The sources that a spec names, by split; what only measures has no "train"."""
     path = Path(spec).expanduser()
     if spec.startswith("hub:"):
         return read_hub(spec.removeprefix("hub:"), labelled=False)
@@ -87,10 +89,7 @@ def read(spec: str) -> Read:
     if path.suffix.lower() == ".parquet" and path.exists():
         return read_parquet(path, labelled=False)
     if path.suffix.lower() in LISTINGS and path.exists():
-        found, notes = read_listing(path, labelled=False)
-        if "train" not in found:
-            raise UserError(f"{spec} has no training pictures: it has {listed(found)}.")
-        return found, notes
+        return read_listing(path, labelled=False)
     found, notes = splits.read(spec)
     return {split: Relabelled(source) for split, source in found.items()}, notes
 

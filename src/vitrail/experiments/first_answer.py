@@ -82,6 +82,11 @@ class Speed:
     seeing: float
     reading: float
 
+    @property
+    def each(self) -> float:
+        """One after the other, at worst."""
+        return self.seeing + self.reading
+
 
 @dataclass(frozen=True)
 class FirstAnswer:
@@ -116,7 +121,7 @@ def first_answer(
     seconds: that the whole fit has. size: (height, width) to look at the pictures in; none: chosen by a measured step.
     """
     model, speed, side = _sized(photos, weights, seconds, size, device, precision, say)
-    estimate = photos.count * _each(speed)
+    estimate = photos.count * speed.each
     say(
         f"first answer: features of {photos.count:,} pictures at {side} px in {precision}, about {duration(estimate)}; "
         f"then a linear head by {FOLDS}-fold cross-validation"
@@ -210,7 +215,7 @@ def _sized(
     for size in sizes:
         model = replace_head(load_any(weights, image=size), len(photos.classes), photos.classes).to(device).eval()
         speed = _speed(model, photos.train, device, precision)
-        tried.append((model, speed, photos.count * _each(speed)))
+        tried.append((model, speed, photos.count * speed.each))
         if tried[-1][2] <= FIRST_SECONDS:
             break
     best = next((entry for entry in tried if entry[2] <= FIRST_SECONDS), None)
@@ -230,10 +235,6 @@ def _smaller(size: tuple[int, int], patch: tuple[int, int], share: float) -> tup
     """A share of each side, whole patches, one at least."""
     height, width = (max(round(share * side / step), 1) * step for side, step in zip(size, patch, strict=True))
     return (height, width) if share < 1 else size
-
-
-def _each(speed: Speed) -> float:
-    return speed.seeing + speed.reading
 
 
 def workers(speed: Speed, device: torch.device) -> int:

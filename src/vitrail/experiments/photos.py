@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +35,10 @@ from vitrail.experiments.photos_folder import Comparison, State, accuracies, lin
 from vitrail.experiments.photos_recipe import STEP, batch_size, epoch_seconds, gentle
 from vitrail.experiments.recipe import LengthSettings, Own, Recipe, RunSettings
 from vitrail.experiments.run import run
-from vitrail.inference.features import default_cache
+from vitrail.inference.features import default_cache, weights_hash
 from vitrail.models.classifier import Classifier
 from vitrail.training.log import duration
+from vitrail.training.pace import ending_by
 from vitrail.training.signals import stopping
 from vitrail.weights import native
 from vitrail.weights.load import load
@@ -49,6 +50,13 @@ SCRATCH_LEAST = 20.0
 LEAST_EPOCHS = 0.5
 REST = 8.0
 """Seconds for what is neither looking nor training: loading, saving, drawing, the report."""
+SLOWER = 1.5
+"""Times the measured one that the last looks may take, where the machine has become slower by then."""
+SCRATCH_SHARE = 0.9
+"""Of the time for training from random weights, what is planned. Of the rest, half is for a slower machine, half for the
+last evaluation, of which nothing is known yet."""
+FIXED = ("weights", "validation", "seed")
+"""Settings that a run keeps when it goes on. Of the others, those that are not given are as they were."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Settings:
     out: Path | None = None
     """The run folder; none: a new one under runs/."""
     resume: bool = False
-    """Go on with the run in --out (or, without it, in the newest of these photos)."""
+    """Go on with the run in --out (or, without it, in the newest of these photos); what is not given is as it was."""
     validation: float = 0.2
     """Share of the training pictures held out to choose between the models."""
     seed: int = 0
@@ -75,13 +83,16 @@ class Settings:
     """Keep features in $VITRAIL_CACHE/features (none: ~/.cache/vitrail/features), so that asking again is quick."""
 
 
-def fit_photos(asked: Settings, command: Sequence[str] = ()) -> int:
-    """0, or 130 after Ctrl-C. Raises UserError on whatever a person has to mend."""
+def fit_photos(asked: Settings, command: Sequence[str] = (), given: Collection[str] = ()) -> int:
+    """0, or 130 after Ctrl-C. Raises UserError on whatever a person has to mend.
+
+    given: names of settings that were asked for, be it for the default, which matters to a run that goes on.
+    """
     if not LEAST <= asked.minutes < 10_000:
         raise UserError(
             f"--minutes is {asked.minutes:g}; give at least {LEAST:g}, for the first answer alone takes that."
         )
-    device, place = pick_device(asked.device or None), asked.out or _place(asked)
+    place = asked.out or _place(asked)
     if asked.resume and not (place / "config.json").exists():
         raise UserError(f"--resume: {place} holds no run to go on with; leave --resume out to start one there.")
     if not asked.resume and (place / "config.json").exists():
@@ -89,8 +100,11 @@ def fit_photos(asked: Settings, command: Sequence[str] = ()) -> int:
     threads = torch.get_num_threads()
     folder = RunFolder(place)
     try:
+        known: dict[str, Any] = {}
+        if asked.resume:
+            asked, known = _recalled(asked, given, folder.file("config.json"))
         with own_randomness():
-            return _Fit(asked, shlex.join(command), device, folder).carry_out()
+            return _Fit(asked, shlex.join(command), pick_device(asked.device or None), folder, known).carry_out()
     finally:
         torch.set_num_threads(threads)
         folder.close()
@@ -106,21 +120,44 @@ def _place(asked: Settings) -> Path:
     return next(place for place in places if place not in taken)
 
 
+def _recalled(asked: Settings, given: Collection[str], path: Path) -> tuple[Settings, dict[str, Any]]:
+    """The settings that a run began with, and what is asked for now; and its config.json."""
+    config, default = read_json(path), to_json(Settings(asked.photos))
+    before = config.get("settings") if isinstance(config, dict) else None
+    free = default.keys() - {"photos", "out", "resume"}
+    if not (isinstance(before, dict) and isinstance(config.get("data"), dict) and free <= before.keys()):
+        raise UserError(f"{path} is not of a run of `vitrail fit`; give the folder of one with --out.")
+    now = {name: value for name, value in to_json(asked).items() if name in given or value != default[name]}
+    for name in FIXED:
+        same = now.get(name) == before[name]
+        if name in now and name == "weights":
+            same = Path(now[name]).resolve() == Path(before[name]).resolve()
+        if name in now and not same:
+            began = f"--{name} {before[name]}" if before[name] != "" else "random weights"
+            raise UserError(
+                f"--resume: this run began with {began}, not --{name} {now[name]}; give what it began with, or start a new "
+                "run with another --out."
+            )
+    return dataclasses.replace(asked, **{name: before[name] for name in free if name not in now}), config
+
+
 @dataclass
 class _Fit:
+    """known: the config.json of the run that goes on; empty in a new one."""
+
     asked: Settings
     command: str
     device: torch.device
     folder: RunFolder
+    known: dict[str, Any]
     state: State | None = None
     """The best so far, as the run folder has it."""
-    chosen: Judged | None = None
-    """What the fine-tuned model says of the pictures that choose."""
+    chosen: tuple[str, Judged] | None = None
+    """What a fine-tuned model, by its hash, says of the pictures that choose."""
 
     def carry_out(self) -> int:
         self.began, stopped = time.monotonic(), 0
-        known = read_json(self.folder.file("config.json")) if self.asked.resume else {}
-        self.before = known.get("settings", {})
+        self.before = self.known.get("settings", {})
         # Measured, so it could come out otherwise when a run is continued.
         fast = self.before.get("precision") or ("bf16" if this_machine(self.device).fast_bf16 else "fp32")
         self.precision: Precision = "bf16" if fast == "bf16" else "fp32"
@@ -138,7 +175,7 @@ class _Fit:
             )
             record = self.folder.file("split.json")
             photos = read_photos(self.asked.photos, self.asked.validation, self.asked.seed, record, say)
-            if self.asked.resume and known["data"]["fingerprint"] != photos.fingerprint:
+            if self.asked.resume and self.known["data"].get("fingerprint") != photos.fingerprint:
                 raise UserError(
                     f"--resume: {self.asked.photos} has changed since this run began; bring the pictures back as they were, "
                     "or start a new run with another --out."
@@ -152,10 +189,8 @@ class _Fit:
         return self._end(stopped)
 
     def _weights(self) -> str | None:
-        if self.asked.weights:
-            return self.asked.weights
-        if self.before.get("weights"):
-            return str(self.before["weights"])
+        if self.asked.weights or self.asked.resume:
+            return self.asked.weights or None
         found = best_at_hand(self.device.type == "cuda")
         say(f"planned: --weights {found.said}")
         return found.weights
@@ -199,14 +234,17 @@ class _Fit:
         """Fine-tuning (or training, without a first answer), and the better of both; the signal that ended it, or 0."""
         place = self.folder.file("fine-tuned")
         try:
-            seconds = self._time_left(state)
-            if seconds is None:
+            left = self._time_left(state)
+            if left is None:
                 return 0
-            say(f"\n{'training' if state.first is None else 'fine-tuning'} for {duration(seconds)} at most ...")
-            with _indented():
-                outcome = run(self._recipe(state, place, seconds), (self.command,)).outcome
+            planned, most = left
+            say(f"\n{'training' if state.first is None else 'fine-tuning'} for {duration(max(most, 0))} at most ...")
+            with ending_by(time.monotonic() + most), _indented():
+                outcome = run(self._recipe(state, place, planned), (self.command,)).outcome
             assert outcome is not None
-            stopped = outcome.interrupted or 0
+            state, stopped = dataclasses.replace(state, trained=outcome), outcome.interrupted or 0
+            if state.late:
+                say(f"\n{state.late}.")
             self._keep(self._better(state, place / ("last.safetensors" if stopped else "model.safetensors")), "all")
             return stopped
         except UserError as error:
@@ -232,25 +270,26 @@ class _Fit:
             say(f"  {line}")
         return 128 + stopped if stopped else 0
 
-    def _time_left(self, state: State) -> float | None:
-        """Seconds that training may take; None, said, where they are too few."""
-        left = 60 * self.asked.minutes - (time.monotonic() - self.began)
+    def _time_left(self, state: State) -> tuple[float, float] | None:
+        """Seconds of training to plan, and seconds from now after which it must end; None, said, where they are too few."""
+        left = 60 * self.asked.minutes - (time.monotonic() - self.began) - REST
         if state.first is None:
-            return max(left - REST, SCRATCH_LEAST)
-        photos, each = state.photos, state.first.speed.seeing
+            most = max(left, SCRATCH_LEAST)
+            return SCRATCH_SHARE * most, (1 + SCRATCH_SHARE) / 2 * most
+        photos, speed = state.photos, state.first.speed
         if photos.choose is None:
             say(
                 "no picture could be held out to compare by, so there is no fine-tuning; each class needs two at least."
             )
             return None
-        looks = len(photos.choose) + len(photos.measured or ())
-        room = left - REST - (looks + 3 * STEP * batch_size(photos, self.device)) * each
+        most = left - SLOWER * (len(photos.choose) + len(photos.measured or ())) * speed.each
+        room = most - 3 * STEP * batch_size(photos, self.device) * speed.seeing  # a step is measured before
         epoch = epoch_seconds(state.first, photos)
         if room < LEAST_EPOCHS * epoch and not self.folder.file("fine-tuned/state.pt").exists():
             minutes = self.asked.minutes + (epoch - room) / 60
             say(f"no time is left to fine-tune; --minutes {minutes + 0.1:.1f} would hold an epoch.")
             return None
-        return room
+        return room, most
 
     def _recipe(self, state: State, place: Path, seconds: float) -> Recipe:
         photos, first, resume = state.photos, state.first, (place / "config.json").exists()
@@ -269,19 +308,23 @@ class _Fit:
         return dataclasses.replace(recipe, own=own)
 
     def _evaluate(self, state: State, model: nn.Module) -> list[Row]:
-        """Asked at the end of training, and once more of the same weights."""
-        if self.chosen is None:
-            self.chosen = self._judge(state, model, state.photos.chooser)
-        tally = self.chosen.tally
+        tally = self._choosing(state, model).tally
         return [
             Row("validation/accuracy", 100 * tally.accuracy),
             Row("validation/loss", tally.mean_loss, unit=""),
         ]
 
-    def _judge(self, state: State, model: nn.Module, pictures: str) -> Judged:
+    def _choosing(self, state: State, model: nn.Module) -> Judged:
+        """What a model says of the pictures that choose; asked at the end of training, and again of the weights it kept."""
+        assert isinstance(model, Classifier)
+        mark = weights_hash(model)
+        if self.chosen is None or self.chosen[0] != mark:
+            self.chosen = mark, self._judge(state, model, state.photos.chooser)
+        return self.chosen[1]
+
+    def _judge(self, state: State, model: Classifier, pictures: str) -> Judged:
         source = state.photos.choose if pictures == state.photos.chooser else state.photos.measured
         assert source is not None
-        assert isinstance(model, Classifier)
         speed = state.first.speed if state.first is not None else None
         return judge(model, pictures, source, self.device, self.precision, speed)
 
@@ -289,7 +332,7 @@ class _Fit:
         """The first answer or the new weights, whichever gets more of the held-out pictures right; the first, if equal."""
         photos, first = state.photos, state.first
         made = load(weights).to(self.device)
-        chosen = self.chosen or self._judge(state, made, photos.chooser)
+        chosen = self._choosing(state, made)
         if first is not None and first.chosen is not None:
             comparison = Comparison.of(first.chosen, chosen)
             say(f"\n{comparison.said()}")

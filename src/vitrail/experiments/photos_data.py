@@ -102,6 +102,8 @@ def read_photos(spec: str, share: float, seed: int, record: Path | None, say: Ca
     if not 0 < share < 1:
         raise UserError(f"--validation is {share:g}; give a share of the training pictures above 0 and below 1.")
     found, notes = splits.read(spec)
+    if "train" not in found:
+        raise UserError(f"{spec} has no training pictures, only {listed(found)}: give it to vitrail evaluate.")
     train = found["train"]
     own = {name: found[name] for name in ("validation", "test") if name in found}
     present = np.unique(np.asarray(train.labels)[np.asarray(train.labels) >= 0])

@@ -1,6 +1,7 @@
 """What `vitrail fit` knows at any moment, and the run folder that says it: whole from the first answer on."""
 
 import dataclasses
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,7 @@ from vitrail.experiments.costs import commit, versions
 from vitrail.experiments.first_answer import FirstAnswer, Judged
 from vitrail.experiments.photos_data import Photos
 from vitrail.models.classifier import Classifier
+from vitrail.training.pace import Outcome
 from vitrail.weights import native
 
 CONFIDENCES = "confidences.json"
@@ -79,7 +81,8 @@ class State:
     """The best so far.
 
     kept: the model, with `judged`, what it says of pictures that it was not trained on; None before there is any. first: the
-    first answer; None where there was nothing pre-trained. seconds: after which each was there. stopped: before the end.
+    first answer; None where there was nothing pre-trained. trained: how the training ended; None before there was any.
+    seconds: after which each was there. stopped: before the end.
     """
 
     photos: Photos
@@ -89,6 +92,7 @@ class State:
     kept: Classifier | None = None
     judged: tuple[Judged, ...] = ()
     comparison: Comparison | None = None
+    trained: Outcome | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     stopped: bool = False
 
@@ -97,6 +101,17 @@ class State:
         if self.first is None:
             return "trained from random weights"
         return "fine-tuned" if self.kept is not self.first.model else "first answer"
+
+    @property
+    def late(self) -> str:
+        """What to say of a training that had no time for all of its steps; "" of any other."""
+        trained = self.trained
+        if trained is None or not trained.late:
+            return ""
+        return (
+            f"the minutes were over after {trained.step:,} of {trained.total:,} planned steps, for the machine was slower "
+            "than expected; --resume goes on from there"
+        )
 
     @cached_property
     def headline(self) -> Judged:
@@ -193,13 +208,14 @@ def lines(state: State) -> list[str]:
 
 
 def next_commands(state: State, folder: RunFolder) -> list[str]:
-    place = folder.path
-    return [
-        f"vitrail predict {place} NEW_PICTURES",
-        f"vitrail predict {place} NEW_PICTURES --sort-into SORTED",
-        f"vitrail evaluate {place} --data {state.photos.origin}",
-        *([f"vitrail fit {state.photos.origin} --out {place} --resume"] if state.stopped else []),
+    place, photos = str(folder.path), state.photos.origin
+    commands = [
+        ["predict", place, "NEW_PICTURES"],
+        ["predict", place, "NEW_PICTURES", "--sort-into", "SORTED"],
+        ["evaluate", place, "--data", photos],
+        *([["fit", photos, "--out", place, "--resume"]] if state.stopped or state.late else []),
     ]
+    return [shlex.join(["vitrail", *words]) for words in commands]
 
 
 def write(state: State, folder: RunFolder) -> None:
@@ -247,7 +263,7 @@ def write(state: State, folder: RunFolder) -> None:
 
 
 def results(state: State) -> dict[str, Any]:
-    photos = state.photos
+    photos, trained = state.photos, state.trained
     return {
         "rows": [to_json(row) for row in state.rows],
         "kept": state.what,
@@ -256,6 +272,8 @@ def results(state: State) -> dict[str, Any]:
         if state.first is not None
         else [],
         "comparison": to_json(state.comparison) if state.comparison is not None else None,
+        "training": trained
+        and {"steps": trained.step, "planned_steps": trained.total, "ended_by_deadline": trained.late},
         "trusted": to_json(state.trusted) if state.trusted.trusted else None,
         "seconds": {name: round(value, 1) for name, value in state.seconds.items()},
         "unreadable": [to_json(item) for item in photos.seen.unreadable],

@@ -81,13 +81,13 @@ def _headline(state: State) -> str:
         f"<div><dt>{escape(row.name.removeprefix(state.headline.name).strip())}</dt><dd>{_value(row)}</dd></div>"
         for row in state.rows[1:]
     )
-    said = state.comparison.said() if state.comparison else ""
-    compared = f'<p class="note">{escape(said[0].upper() + said[1:])}.</p>' if said else ""
+    said = filter(None, (state.comparison.said() if state.comparison else "", state.late))
+    notes = "\n".join(f'<p class="note">{escape(line[0].upper() + line[1:])}.</p>' for line in said)
     return (
         f'<p class="origin">{escape(photos.origin)}: {photos.count:,} pictures of {len(photos.classes)} classes; '
         f"{escape(state.what)}</p>\n"
         f'<h1>{first.value:.1f}<span class="unit"> %</span></h1>\n'
-        f'<p class="lead">{first.count or 0:,} pictures: {first.value:.1f} % {where}{sure}.</p>\n{compared}'
+        f'<p class="lead">{first.count or 0:,} pictures: {first.value:.1f} % {where}{sure}.</p>\n{notes}'
         f'<dl class="figures">{others}</dl>'
     )
 

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,10 @@ class Answers(ABC):
         self.done += len(answers)
         self.lost += sum(answer.problem is not None for answer in answers)
         self._write(answers)
+
+    @abstractmethod
+    def best(self) -> Iterator[tuple[str, float] | None]:
+        """The likeliest class, with its probability, of each answer that is on the disk; None where it is only a reason."""
 
     def close(self) -> None:
         self._lock.close()

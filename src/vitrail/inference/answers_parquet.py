@@ -65,6 +65,14 @@ class Parquet(Answers):
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(str(file)) from error
 
+    def best(self) -> Iterator[tuple[str, float] | None]:
+        import pyarrow.parquet as pq
+
+        for file in [self.path] if self.path.exists() else self._files():
+            for some in pq.ParquetFile(file).iter_batches(columns=["classes", "probabilities"]):
+                for names, values in zip(*(column.to_pylist() for column in some.columns), strict=True):
+                    yield (names[0], values[0]) if names else None
+
     def _write(self, answers: Sequence[Answer]) -> None:
         self._waiting += answers
         if len(self._waiting) >= PART_ROWS or time.monotonic() - self._since > PART_SECONDS:

@@ -31,17 +31,23 @@ class Text(Answers):
     def _recover(self, names: Sequence[str]) -> None:
         size, end = self.path.stat().st_size, 0
         with self.path.open("rb") as file:
-            for picture, lost, last in self._whole(file):
-                self._met(picture, lost, names)
+            for picture, best, last in self._whole(file):
+                self._met(picture, best is None, names)
                 end = last
         end = end or (len(self.HEAD) if size >= len(self.HEAD) else 0)
         if end < size:
             os.truncate(self.path, end)
             self.note = f"the last line of {self.path} was cut short; its picture is looked at again."
 
+    def best(self) -> Iterator[tuple[str, float] | None]:
+        with self.path.open("rb") as file:
+            for _, best, _ in self._whole(file):
+                yield best
+
     @abstractmethod
-    def _whole(self, file: IO[bytes]) -> Iterator[tuple[str, bool, int]]:
-        """Of each whole answer: its picture, whether there is only a reason, and the byte behind it."""
+    def _whole(self, file: IO[bytes]) -> Iterator[tuple[str, tuple[str, float] | None, int]]:
+        """Of each whole answer: its picture, its likeliest class with its probability, and the byte behind it. None: there
+        is only a reason."""
 
     @abstractmethod
     def _text(self, answer: Answer) -> str: ...
@@ -71,7 +77,7 @@ class Lines(Text):
     def _text(self, answer: Answer) -> str:
         return json.dumps(entry(answer), ensure_ascii=False) + "\n"
 
-    def _whole(self, file: IO[bytes]) -> Iterator[tuple[str, bool, int]]:
+    def _whole(self, file: IO[bytes]) -> Iterator[tuple[str, tuple[str, float] | None, int]]:
         end = 0
         for line in file:
             if not line.endswith(b"\n"):
@@ -79,8 +85,11 @@ class Lines(Text):
             end += len(line)
             try:
                 said = json.loads(line)
-                yield said["picture"], "reason" in said, end
-            except (ValueError, TypeError, KeyError) as error:
+                best = None
+                if "reason" not in said:
+                    best = said["predictions"][0]["class"], float(said["predictions"][0]["probability"])
+                yield said["picture"], best, end
+            except (ValueError, TypeError, LookupError) as error:
                 raise self._damaged(str(self.path)) from error
 
 
@@ -98,8 +107,8 @@ class Table(Text):
             for rank, (label, probability) in enumerate(answer.classes, 1)
         )
 
-    def _whole(self, file: IO[bytes]) -> Iterator[tuple[str, bool, int]]:
-        end = 0
+    def _whole(self, file: IO[bytes]) -> Iterator[tuple[str, tuple[str, float] | None, int]]:
+        end, best = 0, None
 
         def lines() -> Iterator[str]:
             nonlocal end
@@ -113,9 +122,10 @@ class Table(Text):
         try:
             if next(rows, None) not in (None, list(COLUMNS)):
                 raise self._damaged(str(self.path))
-            for name, rank, _, _, reason in rows:
+            for name, rank, label, probability, _ in rows:
+                best = (label, float(probability)) if rank == "1" else best if rank else None
                 if not rank or int(rank) == self.depth:
-                    yield name, bool(reason), end
+                    yield name, best, end
         except (csv.Error, ValueError) as error:
             if str(error) != "unexpected end of data":  # the file ends inside of quotes: it was cut there
                 raise self._damaged(str(self.path)) from error

@@ -50,6 +50,7 @@ def fit(
     task: makes the objective around the model that the loop hands it (compiled, shared between processes).
     folder, save_model: where checkpoints go and how a model is written; only the first process writes.
     state: what `RunFolder.load_state` gave, on every process, to go on from there.
+    After its deadline, a run that has steps left takes none of them: it is evaluated and saved as at its end.
     Raises UserError on a loss that is not finite, on too little memory, on a full disk, on data that fail; the last good
     checkpoint stands.
     """
@@ -111,11 +112,14 @@ class _Run:
                 self._check()
                 self._evaluate()
                 interval.begin()
-            save, stop = self._asked(received)
+            save, stop, late = self._asked(received)
             if stop and self.step < self.total:
                 self._check()
                 self._finish()
                 return self._outcome(received[0] if received else signal.SIGINT)
+            if late and self.step < self.total:
+                self._conclude(interval)
+                break
             if save and self.step < self.total:
                 self._check()
                 self._save()
@@ -131,6 +135,14 @@ class _Run:
         except UserError:
             self._save()
             raise
+
+    def _conclude(self, interval: Interval) -> None:
+        """What the last step brings with it, after an earlier one, which may have brought some of it."""
+        self._check()
+        if self.step % self.pace.log_every:
+            self._say({**interval.line(), "rate": self._rate(self.step - 1)})
+        if self.evaluator is not None and self.step % self.pace.evaluate_every:
+            self._evaluate()
 
     def _finish(self) -> None:
         self._save()
@@ -312,16 +324,21 @@ class _Run:
         if self.folder is not None and self.save_model is not None and ranks.first():
             self.save_model(self.model, self.folder.file(name))
 
-    def _asked(self, received: list[int]) -> tuple[bool, bool]:
-        """Whether to save and whether to stop: after the same step on all processes, or they would wait for each other
-        for ever."""
-        save = time.monotonic() - self.saved > self.pace.save_minutes * 60
+    def _asked(self, received: list[int]) -> tuple[bool, bool, bool]:
+        """Whether to save, whether to stop, and whether the deadline has passed: after the same step on all processes, or
+        they would wait for each other for ever."""
+        now = time.monotonic()
+        save = now - self.saved > self.pace.save_minutes * 60
+        # A run that only measures steps keeps nothing, so it has no end to come to. Of several processes the first alone
+        # has a folder: one clock decides.
+        late = self.folder is not None and now >= self.pace.deadline
         if ranks.count() == 1:
-            return save, bool(received)
+            return save, bool(received), late
         if self.device.type != "cpu" and self.step % 10:  # asking makes a GPU wait
-            return False, False
-        asked = ranks.reduce_max(torch.tensor([int(save), int(bool(received))], device=self.device))
-        return bool(asked[0]), bool(asked[1])
+            return False, False, False
+        asked = ranks.reduce_max(torch.tensor([save, bool(received), late], dtype=torch.int64, device=self.device))
+        save, stop, late = map(bool, asked.tolist())
+        return save, stop, late
 
     def _outcome(self, interrupted: int | None) -> Outcome:
         seconds = self.earlier + time.monotonic() - self.begun

@@ -1,7 +1,10 @@
 """What the training loop is given beside the model, and what it gives back."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import nn
@@ -19,6 +22,22 @@ class Steps(Protocol):
     def batches(self, start: int = 0) -> Iterator[Batch]: ...
 
     def at(self, step: int) -> Batch: ...
+
+
+_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
+
+
+@contextmanager
+def ending_by(moment: float) -> Iterator[None]:
+    """Inside, `moment`, of time.monotonic(), is each Pace's deadline, if it is not given another.
+
+    Like Ctrl-C it comes from around a run. It is no setting of a recipe, which gives the same weights on any day.
+    """
+    before = _deadline.set(moment)
+    try:
+        yield
+    finally:
+        _deadline.reset(before)
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,8 @@ class Pace:
     checks: int = 1
     """Steps between looks at whether the loss is finite: 1, or at each line, as on a GPU each look makes it wait; 0: it
     does not matter."""
+    deadline: float = field(default_factory=_deadline.get)
+    """The moment, of time.monotonic(), after which a run that has a folder ends as if its steps were done."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,11 @@ class Outcome:
     best_step: int
     seconds: float
     interrupted: int | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether its deadline ended it, before all of its steps were done."""
+        return self.interrupted is None and self.step < self.total
 
 
 Evaluate = Callable[[nn.Module], Sequence[Row]]
