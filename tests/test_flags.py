@@ -225,3 +225,9 @@ def test_the_sentence_is_the_same_whatever_box_the_terminal_can_show(encoding: s
     assert done.stderr == (
         "vitrail models: --resolution 'tall' is not a whole number (vitrail models --help lists all).\n"
     )
+
+
+@pytest.mark.parametrize("flag", ["--given", "--network"])
+def test_what_is_no_flag_is_not_taken_for_one(flag: str) -> None:
+    with pytest.raises(UserError, match=f"^{flag} is not a flag of vitrail train; the nearest is --"):
+        parse(Recipe, [flag, "x"], "train")

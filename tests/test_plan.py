@@ -12,6 +12,7 @@ from vitrail.experiments.costs import picture_sizes
 from vitrail.experiments.plan import OF_WEIGHTS, DataFacts, Machine, change, pair, plan, plan_length, samples, steps
 from vitrail.experiments.recipe import RANGES, Recipe, check, flat, with_settings
 from vitrail.training.optim import Optimiser
+from vitrail.weights import zoo
 
 SMALL = DataFacts(pictures=10_000, classes=10, height=28, width=28)
 LARGE = DataFacts(pictures=3_000, classes=5, height=480, width=640)
@@ -56,6 +57,24 @@ def test_starting_from_weights() -> None:
     assert planned.data.size == (224, 192)
     assert planned.model.pool == planned.model.positions == "planned"  # the weights have their own
     assert planned.optimiser.rate < plan(change(Recipe(), "model", model="ViT-B/16"), LARGE, GPU)[0].optimiser.rate
+
+
+@pytest.mark.parametrize(
+    ("model", "pictures", "size"),
+    [
+        ("ViT-S/14", 400, (140, 140)),
+        ("ViT-Ti/16", 400, (128, 128)),
+        ("R26+ViT-S/32", 400, (128, 128)),
+        ("BiT-R50x1", 400, (128, 128)),
+        ("ViT-Nano/7", 28, (28, 28)),
+        ("ViT-Nano/8", 28, (32, 32)),
+    ],
+)
+def test_the_planned_size_is_one_that_the_models_patches_fill(model: str, pictures: int, size: tuple[int, int]) -> None:
+    facts = DataFacts(500, 10, pictures, pictures)
+    recipe, _ = plan(with_settings(Recipe(), {"model": model}, "the test"), facts, CPU)
+    assert recipe.data.size == size
+    zoo.config(model, image=size)
 
 
 def test_minutes_become_epochs() -> None:

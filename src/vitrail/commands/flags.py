@@ -74,9 +74,11 @@ def read_toml(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any], str]
 
 
 def _flags(kind: Any) -> Iterator[str]:
-    hints = get_type_hints(kind)
+    hints, shown = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
+        if tyro.conf.Suppress in getattr(shown[field.name], "__metadata__", ()):
+            continue
         if dataclasses.is_dataclass(hint):
             yield from _flags(hint)
         else:

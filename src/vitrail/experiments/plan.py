@@ -58,7 +58,10 @@ def plan(
         tiny = max(given.data.size or (facts.height, facts.width)) <= SMALL
         if not given.data.size:
             side = 224 if machine.kind == "cuda" else 128
-            size = (_up(facts.height, 4), _up(facts.width, 4)) if tiny else (side, side)
+            named = given.model.model and recipe.own.network is None
+            down, across = zoo.config(given.model.model).stride if named else (4, 4)
+            height, width = (facts.height, facts.width) if tiny else (side, side)
+            size = (_up(height, down), _up(width, across))
             recipe = change(recipe, "data", size=size)
             said.append(f"size {size[0]} x {size[1]}: the pictures are {facts.height} x {facts.width} (median)")
         width = 384
