@@ -1,5 +1,6 @@
 """When engines are measured unasked, what a cache that cannot be written costs, and on which pictures int8 is judged."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vitrail.core.errors import UserError
 from vitrail.core.types import Source
 from vitrail.data import splits
 from vitrail.data.sources import read_sample, subset
+from vitrail.experiments.photos import Settings, fit_photos
 from vitrail.inference import choose as choosing
 from vitrail.inference.agreement import agreement
 from vitrail.inference.calibrate import calibrated
@@ -22,6 +24,7 @@ from vitrail.inference.graphs import Asked
 from vitrail.inference.openvino import Setup
 from vitrail.models.classifier import Classifier, ClassifierConfig
 from vitrail.models.vit import ViTConfig
+from vitrail.weights.native import save
 
 SMALL = ViTConfig(width=24, depth=2, heads=3, mlp=40, patch=(4, 4), image=(16, 16))
 CPU = torch.device("cpu")
@@ -160,3 +163,23 @@ def test_answers_of_nothing_but_zero_are_no_comparison() -> None:
     assert agreement(zero, zero, 1e-3).said.startswith("nothing to compare, the model answers 0 to each of 4 pictures")
     assert not agreement(zero, zero + 1, 1e-3).passed
     assert "nothing" not in agreement(zero + 1, zero + 1, 1e-3).said
+
+
+@unhooked
+def test_fit_reads_its_first_answer_by_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VITRAIL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("vitrail.experiments.photos_recipe.MOST_EPOCHS", 1.0)
+    save(SMALL.build(seed=0), tmp_path / "weights")
+    photos = folder(tmp_path / "photos", {"a": 15, "b": 15})
+    rows = []
+    for name in ("eager", "openvino"):
+        settings = Settings(
+            str(photos), minutes=1.0, weights=str(tmp_path / "weights"), out=tmp_path / name, engine=name
+        )
+        assert fit_photos(settings) == 0
+        assert ("engine: openvino, fp32" in capsys.readouterr().out) == (name == "openvino")
+        rows.append(json.loads((tmp_path / name / "results.json").read_text())["first_answer"])
+    assert rows[0] == rows[1]
+    assert json.loads((tmp_path / "openvino" / "config.json").read_text())["settings"]["engine"] == "openvino"

@@ -12,9 +12,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import tyro
@@ -25,8 +25,8 @@ from vitrail.core.types import Sample
 from vitrail.core.values import to_json
 from vitrail.data.folders import walk
 from vitrail.data.sources import Packed, digest, place
-from vitrail.inference.answers import Answer, Answers, entry, kind_of, printable
-from vitrail.inference.engines import Engine
+from vitrail.inference.answers import Answer, Answers, entry, kind_of, printable, recorded
+from vitrail.inference.engines import Engine, EngineName
 from vitrail.inference.stream import stream
 from vitrail.models.classifier import Classifier
 
@@ -56,7 +56,7 @@ class Settings:
     """Pictures looked at together."""
     workers: int = -1
     """Processes that decode pictures; -1: one a core, or none where there is a single batch."""
-    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(engine="auto"))
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(engine=""))
 
 
 class Files(Sequence[Sample]):
@@ -180,7 +180,9 @@ def run(settings: Settings) -> int:
         complain(f"left out: {problem.problem}")
     count = len(samples)
     given = settings.checkpoint
-    engine = given.asking(model, batch=max(1, min(settings.batch, count)), pictures=count)
+    if settings.out is not None and not given.engine:
+        given = replace(given, engine=begun_with(settings.out))
+    engine = given.asking(model, batch=max(1, min(settings.batch, count)), pictures=count, weights=settings.weights)
     placed: Counter[tuple[str, bool]] = Counter()
     with target(settings, model, engine, Names(samples, problems)) as out:
         before, begun = out.done, time.monotonic()
@@ -228,6 +230,12 @@ def run(settings: Settings) -> int:
     if out.lost:
         complain(f"{out.lost:,} of {everything:,} could not be read.")
     return 2 if out.lost else 0
+
+
+def begun_with(out: Path) -> EngineName | Literal[""]:
+    """The engine whose answers a file holds already, which goes on with it; "" where there are none."""
+    name = recorded(out).get("engine")
+    return next((known for known in get_args(EngineName) if known == name), "")
 
 
 def target(settings: Settings, model: Classifier, engine: Engine | None, names: Sequence[str]) -> Answers | Printed:

@@ -29,7 +29,10 @@ from vitrail.evaluation import metrics
 from vitrail.evaluation.linear import Linear, cross_validated
 from vitrail.evaluation.metrics import Tally
 from vitrail.experiments.photos_data import Photos, without
+from vitrail.inference import engines
+from vitrail.inference.engines import EngineName
 from vitrail.inference.features import extract
+from vitrail.inference.graphs import Asked
 from vitrail.inference.predict import Prediction, predict
 from vitrail.models.classifier import Classifier, replace_head
 from vitrail.models.vit import ViTConfig
@@ -46,6 +49,8 @@ SHARES = (1.0, 0.875, 0.75, 0.5)
 """Sides that are tried, of the model's own."""
 TIMED = 16
 FOLDS = 5
+BATCH = 64
+"""Pictures at a time that an engine is made for."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +117,15 @@ def first_answer(
     size: tuple[int, ...] = (),
     device: torch.device,
     precision: Precision,
+    engine: EngineName = "eager",
     cache: Path | None,
     seed: int,
     say: Say,
 ) -> FirstAnswer:
     """Features of all pictures, then the best head by cross-validation.
 
-    seconds: that the whole fit has. size: (height, width) to look at the pictures in; none: chosen by a measured step.
+    seconds: that the whole fit has. size: (height, width) to look at the pictures in; none: chosen by a measured step,
+    which is eager. engine: what reads the features.
     """
     model, speed, side = _sized(photos, weights, seconds, size, device, precision, say)
     estimate = photos.count * speed.each
@@ -129,6 +136,10 @@ def first_answer(
     sources: Mapping[str, Source] = {"train": photos.train, **photos.own}
     many = workers(speed, device)
     settings: dict[str, Any] = {"device": device, "precision": precision, "workers": many, "cache": cache}
+    if engine != "eager":
+        of = engines.engine(Asked(model, "planned"), engine, precision, batch=BATCH, device=device, progress=True)
+        say(f"engine: {of.name}, {of.precision}")
+        settings |= {"precision": "fp32", "of": of, "mark": f"{of.name} {of.precision}", "batch": BATCH}
     with _beside(many if device.type == "cpu" else 0):
         tables = {
             name: extract(model, source, model.preprocess, progress=True, **settings)

@@ -35,6 +35,7 @@ from vitrail.experiments.photos_folder import Comparison, State, accuracies, lin
 from vitrail.experiments.photos_recipe import STEP, batch_size, epoch_seconds, gentle
 from vitrail.experiments.recipe import LengthSettings, Own, Recipe, RunSettings
 from vitrail.experiments.run import run
+from vitrail.inference.engines import EngineName
 from vitrail.inference.features import default_cache, weights_hash
 from vitrail.models.classifier import Classifier
 from vitrail.training.log import duration
@@ -79,6 +80,9 @@ class Settings:
     """Of what is held out, of the folds and of the training."""
     device: str = ""
     """cpu, cuda, cuda:1, mps; none: the fastest there is."""
+    engine: EngineName = "eager"
+    """What reads the first answer's features: eager, PyTorch; auto: the fastest here, measured once and remembered;
+    compile, openvino, onnx: that one."""
     cache: bool = True
     """Keep features in $VITRAIL_CACHE/features (none: ~/.cache/vitrail/features), so that asking again is quick."""
 
@@ -125,8 +129,9 @@ def _recalled(asked: Settings, given: Collection[str], path: Path) -> tuple[Sett
     config, default = read_json(path), to_json(Settings(asked.photos))
     before = config.get("settings") if isinstance(config, dict) else None
     free = default.keys() - {"photos", "out", "resume"}
-    if not (isinstance(before, dict) and isinstance(config.get("data"), dict) and free <= before.keys()):
+    if not (isinstance(before, dict) and isinstance(config.get("data"), dict) and {"minutes", *FIXED} <= before.keys()):
         raise UserError(f"{path} is not of a run of `vitrail fit`; give the folder of one with --out.")
+    before = {**default, **before}
     now = {name: value for name, value in to_json(asked).items() if name in given or value != default[name]}
     for name in FIXED:
         same = now.get(name) == before[name]
@@ -203,6 +208,7 @@ class _Fit:
             size=tuple(self.before.get("size", ())),
             device=self.device,
             precision=self.precision,
+            engine=self.asked.engine,
             cache=default_cache() if self.asked.cache else None,
             seed=self.asked.seed,
             say=say,

@@ -199,7 +199,8 @@ class Results:
         results = {
             "rows": [to_json(row) for row in rows],
             "best_step": self.outcome.best_step,
-            "steps": self.outcome.total,
+            "steps": self.outcome.step,
+            "planned_steps": self.outcome.total,
             "seconds": round(self.outcome.seconds, 1),
             "unreadable": self.pictures.left_out(),
         }

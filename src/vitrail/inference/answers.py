@@ -36,6 +36,20 @@ class Answer:
     problem: str | None = None
 
 
+def record_of(path: Path) -> Path:
+    """Where it stands what the answers in a file came from."""
+    return path.with_name(path.name + ".settings.json")
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """That; nothing where it is not there or cannot be read."""
+    try:
+        found = json.loads(record_of(path).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class Answers(ABC):
     """A file of answers, open at its end; a context manager that finishes it, or keeps what is there after an error.
 
@@ -46,7 +60,7 @@ class Answers(ABC):
 
     def __init__(self, path: Path, made: Made, names: Sequence[str]) -> None:
         self.path, self.depth = path, int(made["top"])
-        self.record = path.with_name(path.name + ".settings.json")
+        self.record = record_of(path)
         self.done = self.lost = 0
         self.note = ""
         self._lock = self._locked()
