@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?=
 # Two test processes, a file of tests each at a time.
-WORKERS ?= --numprocesses=2 --dist=loadfile
+WORKERS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint types contract tests tests-unhooked clean
 .DELETE_ON_ERROR:
