@@ -54,7 +54,7 @@ def vitrail_step(
         Pace(precision, accumulate, compile, checks=1 if device.type == "cpu" else 50),
         device,
         0,
-        *(None, None, None, [], None, None),
+        *(None, None, None, [], None),
     )
     run.model.train()
 

@@ -246,7 +246,6 @@ class _Experiment:
                 state=state,
                 logs=logs,
                 screen=screen,
-                layer_of=getattr(model, "layer_of", None),
             )
         finally:
             for log in (*logs, *([screen] if screen else [])):

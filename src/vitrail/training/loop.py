@@ -43,7 +43,6 @@ def fit(
     state: Mapping[str, Any] | None = None,
     logs: Sequence[Log] = (),
     screen: Screen | None = None,
-    layer_of: Callable[[str], int] | None = None,
 ) -> Outcome:
     """Trains `model` in place over all of the loader's steps; leaves the last weights in it (the average, where kept).
 
@@ -55,7 +54,7 @@ def fit(
     checkpoint stands.
     """
     tasks = (evaluate, folder, save_model, list(logs), screen)
-    run = _Run(model, task, loader, optimiser, schedule, pace, device, seed, *tasks, layer_of)
+    run = _Run(model, task, loader, optimiser, schedule, pace, device, seed, *tasks)
     with own_randomness(), stopping() as received:
         if state is not None:
             run.restore(state)
@@ -77,11 +76,10 @@ class _Run:
     save_model: Callable[[nn.Module, Path], None] | None
     logs: list[Log]
     screen: Screen | None
-    layer_of: Callable[[str], int] | None
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
-        self.optimiser = self.settings.build(self.model, self.layer_of)
+        self.optimiser = self.settings.build(self.model)
         compiled: Any = torch.compile(self.model) if self.pace.compile else self.model
         self.shared = ranks.share(compiled, self.device)
         self.objective = self.task(self.shared)

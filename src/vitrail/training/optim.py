@@ -46,11 +46,11 @@ class Optimiser:
     polyak: float = 0.0
     """Factor of the weights' running average that is evaluated and kept (0.9999 in Table 2); 0: none."""
 
-    def build(self, model: nn.Module, layer_of: Callable[[str], int] | None = None) -> torch.optim.Optimizer:
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Parameter groups: matrices decay, while biases, norms, positions and tokens do not (big_vision decays kernels
-        only). `layer_of` numbers a parameter's layer, for `layer_decay`; none: the model's own. Raises UserError where
-        that would be needed and is not there."""
-        layer_of = layer_of or getattr(model, "layer_of", None)
+        only). The model's `layer_of(name)` numbers a parameter's layer, for `layer_decay`. Raises UserError where that
+        would be needed and is not there."""
+        layer_of: Callable[[str], int] | None = getattr(model, "layer_of", None)
         if self.layer_decay != 1 and layer_of is None:
             raise UserError(
                 f"--layer-decay {self.layer_decay:g} needs the layer of each parameter, and {type(model).__qualname__} has "
