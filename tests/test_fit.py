@@ -335,3 +335,16 @@ def test_sorting_needs_a_run_that_knows_how_sure_it_must_be(one_folder: Path, ne
     save(load(one_folder), tmp_path / "bare")
     with pytest.raises(UserError, match="needs a run of `vitrail fit`"):
         sort(tmp_path / "bare", new, tmp_path / "sorted")
+
+
+def test_photos_mended_as_told_are_not_refused_again(tiny: str, tmp_path: Path) -> None:
+    photos, broken = folder(tmp_path / "photos", each=12), []
+    for number in range(4):
+        broken.append(photos / f"class0/broken{number}.jpg")
+        broken[-1].write_bytes(b"no picture")
+    settings = Settings(str(photos), minutes=1.0, weights=tiny, out=tmp_path / "run")
+    with pytest.raises(UserError, match="cannot be read"):
+        run(settings)
+    for file in broken:
+        file.unlink()
+    assert run(settings) == 0

@@ -179,6 +179,10 @@ class _Fit:
                 f"a report, in {self.folder.path}. Ctrl-C at any time keeps the best so far."
             )
             record = self.folder.file("split.json")
+            if not self.asked.resume:
+                record.unlink(
+                    missing_ok=True
+                )  # of a run that was refused before it began, as in experiments/pictures.py
             photos = read_photos(self.asked.photos, self.asked.validation, self.asked.seed, record, say)
             if self.asked.resume and self.known["data"].get("fingerprint") != photos.fingerprint:
                 raise UserError(
