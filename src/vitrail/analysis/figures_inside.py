@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from vitrail.analysis.figures import FIRST, INK, SECOND, panel, save
+from vitrail.analysis.figures import FIRST, INK, SECOND, panel, save, settle
 from vitrail.analysis.position_similarity import PlacesAlike
 
 HEAT, ALIKE = "inferno", "viridis"
@@ -235,7 +235,7 @@ def save_both(figure: Figure, path: Path) -> tuple[Path, Path]:
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
     save(figure, png)
     with rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None}, dpi=150)
+        settle(figure).savefig(svg, format="svg", transparent=True, metadata={"Date": None}, dpi=150)
     return png, svg
 
 
