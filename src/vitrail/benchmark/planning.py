@@ -68,12 +68,14 @@ def plan(
     config = config_of(name, size, classes)
 
     @cache
-    def needs(count: int, again: bool, parts: int) -> int:
-        return needed(config, count, precision, again, parts)
+    def step(count: int, again: bool, parts: int) -> Footprint:
+        return footprint(config, count, precision=precision, checkpointing=again, accumulate=parts, optimiser=OPTIMISER)
 
-    found = footprint(
-        config, batch, precision=precision, checkpointing=checkpointing, accumulate=accumulate, optimiser=OPTIMISER
-    )
+    def needs(count: int, again: bool, parts: int) -> int:
+        found = step(count, again, parts)
+        return beside(found, again) + found.peak
+
+    found = step(batch, checkpointing, accumulate)
     extra = beside(found, checkpointing)
     peak = extra + found.peak
     parts = {
@@ -102,10 +104,17 @@ def needed(
     config: ClassifierConfig, batch: int, precision: Precision, checkpointing: bool = False, accumulate: int = 1
 ) -> int:
     """Bytes of main memory that a process which trains it on the CPU needs at its peak."""
-    found = footprint(
+    found = _step(config, batch, precision, checkpointing, accumulate)
+    return beside(found, checkpointing) + found.peak
+
+
+@cache
+def _step(
+    config: ClassifierConfig, batch: int, precision: Precision, checkpointing: bool, accumulate: int
+) -> Footprint:
+    return footprint(
         config, batch, precision=precision, checkpointing=checkpointing, accumulate=accumulate, optimiser=OPTIMISER
     )
-    return beside(found, checkpointing) + found.peak
 
 
 def beside(found: Footprint, checkpointing: bool) -> int:
@@ -162,14 +171,11 @@ def _accumulation(batch: int, checkpointing: bool, begin: int, limit: int, needs
 
 
 def _smaller(batch: int, limit: int, needs: Callable[[int], int]) -> tuple[int, int] | None:
-    """The largest batch that fits: memory grows in a straight line with it, so two points tell."""
-    if batch < 2:
-        return None
-    one, two = needs(1), needs(2)
-    most = min(batch - 1, 1 + int((limit - one) / max(two - one, 1)))
-    while most >= 1:
-        peak = needs(most)
-        if peak <= limit:
-            return most, peak
-        most -= max(1, most // 16)
-    return None
+    """The largest batch that fits, by secants: memory grows with the batch in nearly a straight line."""
+    fits, over, guess = 0, batch, max(1, batch // 2)
+    while fits < guess < over:
+        peak = needs(guess)
+        each = max((needs(over) - peak) / (over - guess), 1)
+        fits, over = (guess, over) if peak <= limit else (fits, guess)
+        guess = max(1, min(over - 1, int(guess + (limit - peak) / each)))
+    return (fits, needs(fits)) if fits else None
