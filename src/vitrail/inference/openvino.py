@@ -139,8 +139,9 @@ class OpenVino:
 
     @staticmethod
     def hint(precision: EnginePrecision) -> str:
-        """What is no int8 runs in bf16 in an int8 model too."""
-        return "f32" if precision == "fp32" else "bf16"
+        """What is no int8 runs in bf16 in an int8 model too, on a processor that has bf16: without it, AVX-512 gives NaN."""
+        able = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "bf16" if able and precision != "fp32" else "f32"
 
     def properties(self) -> dict[str, Any]:
         streams = self.setup.streams
