@@ -1,14 +1,13 @@
 """The files of examples/, run as a person runs them."""
 
 import json
-import os
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import Nursery
 
 from vitrail.commands.train import read_recipe
 from vitrail.core.types import Source
@@ -28,11 +27,8 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 def test_a_recipe_of_ones_own_trains_and_learns(tmp_path: Path) -> None:
     file = str(EXAMPLES / "my_recipe.py")
-    command = [sys.executable, "-m", "vitrail", "run", file, "--steps", "60", "--workers", "2", "--out", "shapes"]
-    # One thread, so that it takes no longer where other tests run beside it (docs/log.md).
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    code, _, error = Nursery(tmp_path).run("run", file, "--steps", 60, "--workers", 2, "--out", "shapes")
+    assert code == 0, error
     results = json.loads((tmp_path / "shapes" / "results.json").read_text())
     assert results["steps"] == 60
     headline = results["rows"][0]

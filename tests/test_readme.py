@@ -1,7 +1,8 @@
 """The README's commands, run as they stand, in an empty folder with a few photos in it.
 
 What is not as it stands: `make test` is left out, the demo gets a step limit through its own variable, and training gets
-flags that make it short. The paths are those that a reader has: examples/ and runs/ beside photos/.
+flags that make it short. The paths are those that a reader has: examples/ and runs/ beside photos/. Each `vitrail` is a
+process of its own, forked from one that has imported torch.
 """
 
 import os
@@ -9,17 +10,18 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import Nursery
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = ["--steps", "2", "--batch", "4", "--workers", "0"]
 TRAINING = ("train", "finetune", "run")
+WIDE = "import os; os.environ['COLUMNS'] = '100'"
 
 
 def blocks(language: str) -> list[str]:
@@ -44,22 +46,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    """What `source .venv/bin/activate` does, for whichever environment the tests run in.
-
-    One thread, because two that wait for each other on a busy machine take ten times as long (docs/log.md).
-    """
-    binaries = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
-
-
-def run(command: list[str], place: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
 def test_it_is_short_and_its_links_lead_somewhere() -> None:
     assert len(README.splitlines()) <= 200
     links = re.findall(r"\]\(([^)#]+)\)", README)
@@ -76,14 +62,18 @@ def test_it_names_every_verb_and_every_file_of_a_run() -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_demo(place: Path, environment: dict[str, str]) -> None:
+def test_make_demo(place: Path) -> None:
     assert "make demo" in COMMANDS
     if not (ROOT / ".venv" / "bin" / "vitrail").exists():
         pytest.skip("there is no .venv in the checkout, and a test installs nothing")
     out = place / "runs" / "demo"
     # -o: the environment counts as installed, whatever its age.
     command = ["make", "-C", str(ROOT), "-o", ".venv/ready", "demo"]
-    done = run([*command, f"DEMO=--steps 10 --limit 500 --out {out}"], place, environment)
+    # One thread, because two that wait for each other on a busy machine take ten times as long (docs/log.md).
+    environment = {**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    command += [f"DEMO=--steps 10 --limit 500 --out {out}"]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "after 10 steps each" in done.stdout
     for name in ("pre-trained weights", "random weights"):
         assert re.search(rf"^  {name} +[\d.]+ % \[[\d.]+, [\d.]+\] of 2,000$", done.stdout, re.MULTILINE)
@@ -91,7 +81,8 @@ def test_make_demo(place: Path, environment: dict[str, str]) -> None:
     assert (out / "curves.png").stat().st_size > 10_000
 
 
-def test_the_shell_commands_in_the_order_of_the_page(place: Path, environment: dict[str, str]) -> None:
+def test_the_shell_commands_in_the_order_of_the_page(place: Path) -> None:
+    processes = Nursery(place)
     commands = [command for command in COMMANDS if not command.startswith("make ")]
     assert len(commands) >= 9
     assert {shlex.split(command)[1] for command in commands} >= {"train", "finetune", "run", "predict", "evaluate"}
@@ -101,9 +92,10 @@ def test_the_shell_commands_in_the_order_of_the_page(place: Path, environment: d
         training = words[1] in TRAINING
         # `fit` would look for weights in the network.
         own = ["--weights", "vitrail:ViT-Micro/7"] if words[1] == "fit" else []
-        done = run([*words, *(SHORT if training else own)], place, environment)
+        code, said, error = processes.run(*words[1:], *(SHORT if training else own), first=WIDE)
+        assert code == 0, f"{command}\n{said}\n{error}"
         if training and "--dry-run" not in words:
-            assert "2 steps of 4 pictures" in done.stdout, command
+            assert "2 steps of 4 pictures" in said, command
     left = {file.name for file in (place / "runs" / "photos").iterdir()}
     promised = set(re.findall(r"`([\w.]+\.(?:html|safetensors|pt|json|jsonl|png))`", README))
     assert len(promised) >= 9
@@ -111,11 +103,12 @@ def test_the_shell_commands_in_the_order_of_the_page(place: Path, environment: d
     assert any("tfevents" in name for name in left)
 
 
-def test_the_python(place: Path, environment: dict[str, str]) -> None:
+def test_the_python(place: Path) -> None:
     (block,) = blocks("python")
     assert "minutes=20" in block
     short = block.replace("minutes=20", 'steps=2, batch=4, workers=0, size=(64, 64), model="ViT-Ti/16"')
-    done = run([sys.executable, "-c", short], place, environment)
-    assert re.search(r"^(cats|dogs)$", done.stdout, re.MULTILINE)
-    assert "torch.Size([1, 16, 192]) (4, 4)" in done.stdout
+    code, said, error = Nursery(place).run("--version", first=short)
+    assert code == 0, error
+    assert re.search(r"^(cats|dogs)$", said, re.MULTILINE)
+    assert "torch.Size([1, 16, 192]) (4, 4)" in said
     assert (place / "untrained" / "model.safetensors").exists()

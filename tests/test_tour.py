@@ -5,13 +5,12 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 from PIL import Image
+from processes import Nursery
 
 from vitrail.cli import VERBS, main
 from vitrail.commands.flags import parse
@@ -85,14 +84,12 @@ def test_each_command_has_a_verb_and_flags_that_are_there(
 def test_quick_commands_run_and_say_what_the_tour_says(line: str, tmp_path: Path) -> None:
     words = shlex.split(line.replace("dinov2s.pt", "vitrail:ViT-Micro/7").replace("--size 224", "--size 28"))
     words = [str(ROOT / word) if word.startswith("docs/") else word for word in words[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    asked = [sys.executable, "-m", "vitrail", *words]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code, said, error = Nursery(tmp_path).run(*words, first="import os; os.environ['COLUMNS'] = '100'")
+    assert code == 0, error
     if words[0] in ("recipe", "models") and "finetune" not in line:
         outputs = [body for language, body in BLOCK.findall(ENGLISH.split(line)[1]) if language == "text"]
         for row in outputs[0].splitlines():
-            assert row.split() in [shown.split() for shown in done.stdout.splitlines()], row
+            assert row.split() in [shown.split() for shown in said.splitlines()], row
 
 
 def test_the_notebook_runs() -> None:
