@@ -17,7 +17,7 @@ import torch
 from pictures import folder
 from processes import Nursery
 from test_loop import Pictures, small, train
-from test_ranks import COMMAND, SLOW, together
+from test_ranks import COMMAND, SLOW
 from test_resume import PLAIN
 
 from vitrail.cli import main
@@ -101,7 +101,7 @@ def test_two_processes_end_after_the_same_step(tmp_path: Path) -> None:
     late = "from vitrail.training import pace\npace._deadline.set(time.monotonic() + 1.5)\n"
     processes = Nursery(tmp_path)
     # The second knows of no deadline.
-    pair = together(processes, *COMMAND, "--steps", 60, "--out", "run", first=(PLAIN + SLOW + late, PLAIN + SLOW))
+    pair = processes.together(*COMMAND, "--steps", 60, "--out", "run", first=(PLAIN + SLOW + late, PLAIN + SLOW))
     assert [child.code() for child in pair] == [0, 0], pair[0].err.read_text()
     step = torch.load(tmp_path / "run/state.pt", weights_only=True)["step"]
     assert 0 < step < 60

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Nursery
 
 from vitrail.commands.reading import Checkpoint
 from vitrail.core.errors import UserError
@@ -231,13 +232,14 @@ def test_evaluate_and_probe_by_an_engine(model: Classifier, tmp_path: Path) -> N
             for number in range(6):
                 pixels = draw.integers(0, 256, (20, 20, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{number}.png")
-    environment = {**os.environ, "VITRAIL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    processes = Nursery(tmp_path)
+    cached = f"import os; os.environ['VITRAIL_CACHE'] = {str(tmp_path / 'cache')!r}"
 
     def ask(verb: str, *flags: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "vitrail", verb, str(tmp_path / "w.safetensors"), "--workers", "0", "--json"]
-        command += ["--data", str(tmp_path / "data"), *flags]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return json.loads(done.stdout)
+        command = [verb, "w.safetensors", "--workers", "0", "--json", "--data", "data", *flags]
+        code, said, error = processes.run(*command, first=cached)
+        assert code == 0, error
+        return json.loads(said)
 
     answers = [ask("evaluate"), ask("evaluate", "--engine", "openvino")]
     assert [answer["engine"] for answer in answers] == ["eager", "openvino"]

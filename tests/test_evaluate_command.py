@@ -1,14 +1,13 @@
 """`vitrail evaluate`, and the evaluation behind it, on one process and on several."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Nursery
 
 from vitrail.commands.evaluate import Settings, choose, run
 from vitrail.core.errors import UserError
@@ -188,7 +187,7 @@ def test_pictures_without_a_label_are_named(weights: Path, tmp_path: Path) -> No
 
 
 WORKER = """
-import json, sys
+import json
 import torch
 from pathlib import Path
 from vitrail.core import ranks
@@ -200,8 +199,8 @@ from vitrail.weights.load import load
 
 torch.set_num_threads(1)
 with ranks.together(torch.device("cpu")):
-    model = load(Path(sys.argv[1]))
-    source = splits.read(sys.argv[2])[0]["train"]
+    model = load(Path(WEIGHTS))
+    source = splits.read(DATA)[0]["train"]
     loader = PictureLoader(source, Transform(model.preprocess), Order(len(source), 6, len(source), shuffle=False))
     tally = evaluate(model, loader, 3, device="cpu", source=source)
     rows = tally.rows(expected_count=len(source))
@@ -212,12 +211,14 @@ with ranks.together(torch.device("cpu")):
 
 def test_two_processes_find_exactly_what_one_finds(weights: Path, tmp_path: Path) -> None:
     data = draw(tmp_path / "data", {"zebra": 5, "ant": 9, "bee": 3})
-    (tmp_path / "worker.py").write_text(WORKER)
-    arguments = [str(tmp_path / "worker.py"), str(weights), str(data)]
-    one = subprocess.run([sys.executable, *arguments], capture_output=True, check=True, text=True).stdout
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    two = subprocess.run([*launch, *arguments], capture_output=True, check=True, text=True).stdout
-    found, expected = json.loads(two), json.loads(one)
+    worker = f"WEIGHTS, DATA = {str(weights)!r}, {str(data)!r}{WORKER}"
+    processes = Nursery(tmp_path)
+    # Each ends with a command of no weight, for a child runs one.
+    _, one, _ = processes.run("--version", first=worker)
+    pair = processes.together("--version", first=(worker, worker))
+    assert [child.code() for child in pair] == [0, 0], [child.err.read_text() for child in pair]
+    two = pair[0].out.read_text()
+    found, expected = (json.loads(said.splitlines()[0]) for said in (two, one))
     assert found[-2:] == expected[-2:]
     np.testing.assert_allclose(np.array(found[:-2]), np.array(expected[:-2]), rtol=1e-6)
     assert found[0][1] == 17

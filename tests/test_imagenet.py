@@ -5,8 +5,6 @@ The model's logits are a function of a picture's first pixel alone, so that ever
 
 import functools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Nursery
 
 from vitrail.commands.evaluate import Settings, choose, counting, run
 from vitrail.core.errors import UserError
@@ -238,7 +237,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_processes_count_as_one_does(tmp_path: Path) -> None:
-    """The command under torchrun: ReaL's labels, a picture without a right class, one that cannot be read."""
+    """The command in two processes: ReaL's labels, a picture without a right class, one that cannot be read."""
     save(model(), tmp_path / "model")
     none = next(number for number in range(50_000) if not labels.real()[number])
     for number in (*range(6), none):
@@ -254,11 +253,12 @@ def test_two_processes_count_as_one_does(tmp_path: Path) -> None:
         "--json",
     ]
     asked += ["--workers", "0", "--batch", "2"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitrail"]
-    one, two = (
-        json.loads(subprocess.run([*start, *asked], capture_output=True, check=True, text=True).stdout)
-        for start in ([sys.executable, "-m", "vitrail"], launch)
-    )
+    processes = Nursery(tmp_path)
+    code, said, error = processes.run(*asked)
+    assert code == 0, error
+    pair = processes.together(*asked)
+    assert [child.code() for child in pair] == [0, 0], [child.err.read_text() for child in pair]
+    one, two = json.loads(said), json.loads(pair[0].out.read_text())
     assert one == two
     assert one["count"] == sum(bool(labels.real()[number]) for number in range(6))
     assert [row["name"] for row in one["unreadable"]] == [str(tmp_path / "val/ILSVRC2012_val_00000009.JPEG")]

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from pictures import folder
-from processes import SECONDS, Child, Nursery
+from processes import SECONDS, Nursery
 
 from vitrail.core import ranks
 from vitrail.core.errors import UserError
@@ -45,18 +44,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def processes(place: Path) -> Nursery:
     return Nursery(place)
-
-
-def together(processes: Nursery, *arguments: object, first: tuple[str, str] = ("", "")) -> list[Child]:
-    """Two processes, as torchrun starts them, without the seconds that it takes itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    settings = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [
-        processes.start(*arguments, first=f"import os\nos.environ.update({setting!r})\n" + more)
-        for setting, more in zip(settings, first, strict=True)
-    ]
 
 
 def measured(run: Path) -> list[dict]:
@@ -100,13 +87,13 @@ def test_torchrun_gives_the_losses_of_one_process(alone: Path, place: Path) -> N
 
 def test_ctrl_c_saves_and_the_run_goes_on(alone: Path, place: Path, processes: Nursery) -> None:
     run = place / "stopped"
-    pair = together(processes, *COMMAND, "--out", run.name, first=(SLOW, SLOW))
+    pair = processes.together(*COMMAND, "--out", run.name, first=(SLOW, SLOW))
     pair[0].until(lambda: (run / "metrics.jsonl").exists() and len(measured(run)) > 3)
     for child in reversed(pair):
         child.signal(signal.SIGINT)
     assert [child.code() for child in pair] == [130, 130]
     assert 0 < torch.load(run / "state.pt", weights_only=True)["step"] < 20
-    pair = together(processes, *COMMAND, "--out", run.name, "--resume")
+    pair = processes.together(*COMMAND, "--out", run.name, "--resume")
     assert [child.code() for child in pair] == [0, 0], pair[0].err.read_text()
     for line, other in zip(measured(run), measured(alone), strict=True):
         for name in ("step", "loss", "validation/loss"):
@@ -116,7 +103,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(alone: Path, place: Path, processes: N
 def test_saving_by_the_clock_keeps_the_processes_in_step(place: Path, processes: Nursery) -> None:
     # One is slower, so that their clocks disagree on when to save.
     flags = ("--save-minutes", 0.002, "--steps", 10, "--out", "clock")
-    pair = together(processes, *COMMAND, *flags, first=("", SLOW))
+    pair = processes.together(*COMMAND, *flags, first=("", SLOW))
     assert [child.code() for child in pair] == [0, 0], pair[0].err.read_text()
     assert torch.load(place / "clock" / "state.pt", weights_only=True)["step"] == 10
 
@@ -130,7 +117,7 @@ def test_saving_by_the_clock_keeps_the_processes_in_step(place: Path, processes:
     ],
 )
 def test_a_refusal_reaches_both(flags: str, said: str, processes: Nursery) -> None:
-    for child in together(processes, *COMMAND, *flags.split()):
+    for child in processes.together(*COMMAND, *flags.split()):
         assert child.code() == 2
         assert said in child.err.read_text()
         assert "Traceback" not in child.err.read_text()
@@ -138,7 +125,7 @@ def test_a_refusal_reaches_both(flags: str, said: str, processes: Nursery) -> No
 
 def test_a_full_disk_on_the_first_ends_both(place: Path, processes: Nursery) -> None:
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))"
-    first, second = together(processes, *COMMAND, "--save-minutes", 0, "--out", "full", first=(full, ""))
+    first, second = processes.together(*COMMAND, "--save-minutes", 0, "--out", "full", first=(full, ""))
     assert (first.code(), second.code()) == (2, 2)
     assert "could not be written" in first.err.read_text()
     assert "Process 1 ends because another one has" in second.err.read_text()
@@ -148,7 +135,7 @@ def test_a_full_disk_on_the_first_ends_both(place: Path, processes: Nursery) -> 
 def test_a_process_that_is_killed_ends_the_other(processes: Nursery) -> None:
     die = "import os, signal\nfrom vitrail.training import loop\n"
     die += "loop._Run._save = loop._Run._evaluate = lambda self: os.kill(os.getpid(), signal.SIGKILL)"
-    first, second = together(processes, *COMMAND, "--out", "killed", first=("", die))
+    first, second = processes.together(*COMMAND, "--out", "killed", first=("", die))
     assert (first.code(), second.code()) == (2, -signal.SIGKILL)
     assert "Process 0 ends because another one has" in first.err.read_text()
     assert "Traceback" not in first.err.read_text()
@@ -158,7 +145,7 @@ def test_a_loss_that_is_not_finite_on_one_ends_both(place: Path, processes: Nurs
     spoil = "from vitrail.objectives.supervised import Supervised\nwhole = Supervised.__call__\nimport dataclasses\n"
     spoil += "Supervised.__call__ = lambda self, batch, seed: dataclasses.replace(\n"
     spoil += "    whole(self, batch, seed), total=whole(self, batch, seed).total * float('nan'))"
-    pair = together(processes, *COMMAND, "--out", "spoilt", first=("", spoil))
+    pair = processes.together(*COMMAND, "--out", "spoilt", first=("", spoil))
     assert [child.code() for child in pair] == [2, 2]
     assert "The loss was not finite at step 0 of 20; its batch is in spoilt/divergence.pt" in pair[0].err.read_text()
     record = torch.load(place / "spoilt" / "divergence.pt", weights_only=True)
