@@ -13,7 +13,10 @@ WORKERS ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 demo: .venv/ready
 	@.venv/bin/vitrail demo $(DEMO)
 
-test: lint types contract tests tests-unhooked
+# The type checker computes on one core: it runs beside the tests.
+test: lint contract
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line types tests
+	@$(MAKE) --no-print-directory tests-unhooked
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .

@@ -78,6 +78,8 @@ def demo(asked: Settings, command: Sequence[str] = ()) -> int:
 def _recipe(name: str, asked: Settings, place: Path, steps: int) -> Recipe:
     recipe, own = (Recipe(), FROM_SCRATCH) if name == SCRATCH else (FINETUNE, FINE_TUNING)
     recipe = with_settings(recipe, {**SHARED, **own, "limit": asked.limit}, "the demo")
+    # The first run has looked the pictures over for both.
+    recipe = change(recipe, "own", surveyed=name != SCRATCH)
     recipe = change(recipe, "run", out=place / name.replace(" ", "-"), seed=asked.seed, device=asked.device)
     return change(recipe, "length", **({"steps": steps} if steps else {"minutes": asked.minutes / 2}))
 
