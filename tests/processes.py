@@ -107,7 +107,13 @@ def _wait(pid: int) -> int:
 def _serve() -> None:
     from vitrail.cli import main
 
-    imported = ("vitrail.commands.train", "vitrail.commands.predict", "torch._dynamo", "torch.utils.tensorboard", "tyro")
+    imported = (
+        "vitrail.commands.train",
+        "vitrail.commands.predict",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "tyro",
+    )
     for heavy in imported:
         importlib.import_module(heavy)
     for line in sys.stdin:

@@ -36,6 +36,27 @@ def test_no_compiler(here: Path) -> None:
     assert not (here / "run" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("predict vitrail:ViT-Micro/7 data --engine compile", "--engine compile"),
+        ("bench training --model ViT-Nano/8 --size 16 --batch 2 --seconds 0.1 --no-peaks --compiled", "--compiled"),
+    ],
+)
+def test_an_engine_without_a_compiler(
+    here: Path, capsys: Say, monkeypatch: pytest.MonkeyPatch, command: str, flag: str
+) -> None:
+    def fails(*given: object, **named: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException(FAILURE)
+
+    at_once = command.startswith("bench")
+    monkeypatch.setattr(torch, "compile", fails if at_once else lambda *given, **named: fails)
+    assert cli.main(shlex.split(command)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"{flag}: torch.compile does not work here (No working C++ compiler found in here);")
+    assert said.endswith(f"or leave {flag} out.")
+
+
 def test_what_cannot_be_compiled_once_the_run_has_begun(
     here: Path, capsys: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:

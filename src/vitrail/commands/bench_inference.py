@@ -60,6 +60,7 @@ class Settings:
 def run(settings: Settings) -> int:
     """Prints a table for each batch and size: pictures a second, and the ratio to the reference with its interval."""
     from vitrail.benchmark import inference, peers
+    from vitrail.core.compiling import compiling
     from vitrail.core.device import pick_device
 
     check(settings.batch, settings.seconds, settings.size)
@@ -79,7 +80,8 @@ def run(settings: Settings) -> int:
         what = {"kind": "inference", **asdict(work), "against": list(against)}
         return made, chosen, 2.0 * model.config.backbone.macs() * batch, what, model.preprocess.size[0]
 
-    return carry_out("inference", settings, sides, measured, device)
+    with compiling("--compiled"):
+        return carry_out("inference", settings, sides, measured, device)
 
 
 def check(batch: tuple[int, ...], seconds: float, size: tuple[int, ...] = (0,)) -> None:

@@ -67,6 +67,7 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Prints a table for each batch and size, or the plan; returns the exit code: 1 where a plan does not fit at all."""
+    from vitrail.core.compiling import compiling
     from vitrail.core.device import pick_device
 
     check(settings.batch, settings.seconds, settings.size)
@@ -107,7 +108,8 @@ def run(settings: Settings) -> int:
         }
         return made, {}, training.flops(model, batch), what, model.preprocess.size[0]
 
-    return carry_out("training", settings, sides, measured, str(device))
+    with compiling("--compiled"):
+        return carry_out("training", settings, sides, measured, str(device))
 
 
 def _plan(settings: Settings) -> int:

@@ -120,11 +120,6 @@ def try_to_compile(device: torch.device) -> None:
     torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
 
 
-def cannot_compile(error: BaseException) -> bool:
-    """Whether torch.compile, or the compiler that it calls, gave up."""
-    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
-
-
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process has used at most so far; after a measured step, what training needs."""
     if device.type == "cuda":

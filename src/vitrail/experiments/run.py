@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vitrail.core import ranks
+from vitrail.core.compiling import cannot_compile, uncompiled
 from vitrail.core.device import own_randomness, pick_device
 from vitrail.core.errors import UserError
 from vitrail.core.runs import FORMAT, FULL, RunFolder, write_json
@@ -22,7 +23,6 @@ from vitrail.core.values import to_json
 from vitrail.data.splits import Splits
 from vitrail.experiments import build, pretraining
 from vitrail.experiments.costs import (
-    cannot_compile,
     commit,
     measure_step,
     peak_memory,
@@ -76,11 +76,7 @@ def run(recipe: Recipe, command: Sequence[str] = (), expected: float | None = No
                     f"{anew}."
                 ) from error
             if cannot_compile(error):
-                reason = " ".join(str(error).split("\n\n")[0].split())
-                raise UserError(
-                    f"--compile: torch.compile does not work here ({reason[:200]}); install a C++ compiler and Python's "
-                    f"headers (g++ and python3-dev, say), or leave --compile out{anew}."
-                ) from error
+                raise uncompiled(error, "--compile", anew) from error
             raise
         finally:
             torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from vitrail.core.compiling import compiling
 from vitrail.core.device import Precision, autocast
 from vitrail.core.errors import UserError
 from vitrail.inference.agreement import compare, sample_pictures
@@ -62,7 +63,7 @@ class Eager:
             torch.set_num_threads(self.threads)
         try:
             precision: Precision = "bf16" if self.precision == "bf16" else "fp32"
-            with evaluating(self.model), autocast(self.device, precision):
+            with evaluating(self.model), autocast(self.device, precision), compiling("--engine compile"):
                 answers = [self.one(part) for part in parts]
         finally:
             torch.set_num_threads(before)
