@@ -1,4 +1,4 @@
-"""Labels or hidden patches: which pre-training transfers better at equal cost? About 25 minutes of one core.
+"""Labels or hidden patches: which pre-training transfers better at equal cost? About 80 minutes of one core.
 
     python scripts/make_pretraining_pictures.py CIFAR FASHION PICTURES
     python studies/which_pretraining.py PICTURES
