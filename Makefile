@@ -15,7 +15,7 @@ demo: .venv/ready
 
 # The type checker computes on one core: it runs beside the tests.
 test: lint contract
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line types tests
+	@$(MAKE) --no-print-directory --jobs=2 types tests
 	@$(MAKE) --no-print-directory tests-unhooked
 
 lint: .venv/ready-dev

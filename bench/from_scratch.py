@@ -7,6 +7,7 @@ code 1.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--config", type=Path, default=measure.ROOT / "examples" / "from_scratch.toml")
+    parser.add_argument("--keep", type=Path, help="a new folder for the last run, which scripts/make_pictures.py draws")
     parser.add_argument("--out", type=Path, default=measure.ROOT / "results")
     settings, flags = parser.parse_known_args()
     runs = []
@@ -30,6 +32,8 @@ def main() -> int:
             subprocess.run([sys.executable, "-m", "vitrail", "train", *given, *flags], check=True)
             results = json.loads(Path(folder, "run", "results.json").read_text())
             config = json.loads(Path(folder, "run", "config.json").read_text())
+            if settings.keep and seed == settings.seeds[-1]:
+                shutil.copytree(f"{folder}/run", settings.keep)
         runs.append({"seed": seed, **results, "settings": {**config["settings"], "out": "runs/from-scratch"}})
     reached = [held(run) for run in runs]
     for run in runs:

@@ -1,4 +1,6 @@
-"""Draws the README's picture from a finished run: `python scripts/make_pictures.py runs/demo`.
+"""Draws the README's picture from a finished run: `python scripts/make_pictures.py RUN`.
+
+    python bench/from_scratch.py --keep RUN
 
 Above: the first test picture of each class, cut into the patches that the model reads. Below each: the same patches in
 colours of what they have become halfway through the model: the three main directions in which tokens differ there, over

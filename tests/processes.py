@@ -116,6 +116,8 @@ def _serve() -> None:
     )
     for heavy in imported:
         importlib.import_module(heavy)
+    # A job in the background inherits that Ctrl-C is ignored; a command of a person at a terminal does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

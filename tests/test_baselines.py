@@ -113,6 +113,7 @@ def test_labels_that_mean_nothing_give_chance_and_the_interval_is_wilsons(monkey
     assert rows == pixel_baselines(pixels[:600], labels[:600], pixels[600:], labels[600:], 4, seed=0)
 
 
+@pytest.mark.unhooked
 def test_on_the_embedded_pictures_pixels_alone_go_a_long_way() -> None:
     pictures = {}
     for split, count in (("train", 3000), ("test", 1000)):

@@ -1,6 +1,7 @@
 """Engines agree with the model, are chosen by measurement, and remembered; in the pass without shape checks."""
 
 import builtins
+import functools
 import importlib.util
 import json
 import os
@@ -57,7 +58,11 @@ def model() -> Classifier:
         ("compile", "fp32", 1e-5),
     ],
 )
-def test_engines_agree(name: Any, precision: Any, allowed: float, model: Classifier, tmp_path: Path) -> None:
+def test_engines_agree(
+    name: Any, precision: Any, allowed: float, model: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What Inductor makes of the model's graph, tests/test_models_compiled.py asks; it takes half a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     made = engine(model, name, precision, batch=4, threads=2, cache=tmp_path)
     assert isinstance(made, Engine)
     assert (made.name, made.precision) == (name, precision)

@@ -1,5 +1,6 @@
 """Masked patch prediction learns what pictures look like: a probe on its features against one on random weights."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ def pixels(source: Source) -> Tensor:
     return torch.stack([torch.from_numpy(transform(sample.picture, None, sample.name)) for sample in samples])
 
 
+@pytest.mark.unhooked
 def test_its_features_beat_random_ones() -> None:
     """400 steps on 4,000 pictures of sample:fashion, whose labels are not read: 6 points, more or less 2."""
     pictures, new = read_sample("fashion", "train"), read_sample("fashion", "test")

@@ -250,6 +250,7 @@ def test_equal_pictures_opens_no_more_than_it_must(tmp_path: Path) -> None:
     assert equal_pictures(np.array([7, 7]), lambda place: tmp_path / str(place)) == []
 
 
+@pytest.mark.unhooked
 def test_fashion_in_seconds_and_without_crying_wolf() -> None:
     found = survey(open_data("sample:fashion"))
     assert found.looked_at == found.pictures == 12_000
