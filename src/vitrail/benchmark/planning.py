@@ -67,15 +67,10 @@ def plan(
     """Of a run on the CPU with Adam and gradient clipping. Raises UserError on a model that is not known."""
     config = config_of(name, size, classes)
 
-    @cache
-    def step(count: int, again: bool, parts: int) -> Footprint:
-        return footprint(config, count, precision=precision, checkpointing=again, accumulate=parts, optimiser=OPTIMISER)
-
     def needs(count: int, again: bool, parts: int) -> int:
-        found = step(count, again, parts)
-        return beside(found, again) + found.peak
+        return needed(config, count, precision, again, parts)
 
-    found = step(batch, checkpointing, accumulate)
+    found = _step(config, batch, precision, checkpointing, accumulate)
     extra = beside(found, checkpointing)
     peak = extra + found.peak
     parts = {
