@@ -124,7 +124,9 @@ def _ranks(pixels: UInt8[Tensor, "b c h w"], index: Sequence[int], seed: int) ->
     smooth = torch.zeros_like(energy)
     rough = torch.ones(len(pixels), dtype=torch.bool)
     for wide in WIDTHS:
-        smooth[rough] = blurred(energy[rough], wide * unit) if rough.any() else smooth[rough]
+        if not rough.any():
+            break
+        smooth[rough] = blurred(energy[rough], wide * unit)
         rough = steps(ranked(smooth)[1]).amax(0).flatten() > ROUGHNESS
     own = ranked(smooth)[1]
     grain = torch.stack(
@@ -133,12 +135,12 @@ def _ranks(pixels: UInt8[Tensor, "b c h w"], index: Sequence[int], seed: int) ->
     strength = torch.full((2, len(pixels), 1, 1, 1), ROUGHNESS / 4)
     ramps = torch.stack(torch.meshgrid(*(torch.linspace(-0.5, 0.5, length) for length in size), indexing="ij"))
     ramps = ramps.view(2, 1, 1, *size)
-    tilt = torch.zeros(2, len(pixels), 1, 1, 1)
+    tilt, kept = torch.zeros(2, len(pixels), 1, 1, 1), TILT * tilted(own)
     for _ in range(10):
         ranks, at = ranked(own + (strength.sqrt() * grain).sum(0) - (tilt * ramps).sum(0))
         # White noise of variance s has squared steps of 2 s.
         strength = (strength + (ROUGHNESS - steps(at)) / 2).clamp(min=0)
-        tilt = tilt + tilted(at) - TILT * tilted(own)
+        tilt = tilt + tilted(at) - kept
     return ranks
 
 
