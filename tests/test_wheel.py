@@ -75,18 +75,10 @@ def test_it_trains_and_predicts_outside_the_checkout(installed: Path, tmp_path: 
     assert Path(where.strip()).is_relative_to(installed)
     Image.fromarray(np.full((40, 30, 3), 200, np.uint8)).save(tmp_path / "plain.png")
 
-    said = outside(installed, tmp_path, "-m", "vitrail", "predict", "vitrail:ViT-Micro/7", "plain.png", "--json")
+    train = ["train", "--data", "sample:fashion", "--limit", "40", "--steps", "2", "--batch", "8", "--out", "run"]
+    said = outside(installed, tmp_path, "-m", "vitrail", *train, "--model", "ViT-Nano/14")
+    assert "next: vitrail predict run PICTURE" in said
+    said = outside(installed, tmp_path, "-m", "vitrail", "predict", "run", "plain.png", "--json", "--top", "10")
     (answer,) = json.loads(said)
     assert "plain.png" in str(answer)
-    # Trained on pictures of one's own; with the packaged ones it would look over 12,000 first.
-    for label in ("left", "right"):
-        (tmp_path / "data" / label).mkdir(parents=True)
-        for number in range(4):
-            Image.fromarray(np.full((28, 28, 3), 40 * number, np.uint8)).save(
-                tmp_path / "data" / label / f"{number}.png"
-            )
-    flags = ["--data", "data", "--model", "ViT-Nano/14", "--size", "28", "--steps", "2", "--batch", "4", "--out", "run"]
-    said = outside(installed, tmp_path, "-m", "vitrail", "train", *flags, "--workers", "0")
-    assert "next: vitrail predict run PICTURE" in said
-    sample = "from vitrail.data.sources import read_sample; print(*read_sample('fashion', 'test').classes)"
-    assert "Ankle boot" in outside(installed, tmp_path, "-c", sample)
+    assert "Ankle boot" in str(answer)
