@@ -30,6 +30,8 @@ ROWS = 1000
 """Pictures at a time, so that memory stays below about 1 GB."""
 
 Features = Callable[[Float[Tensor, "n pixels"]], Float[Tensor, "n features"]]
+Solution = tuple[Tensor, Tensor]
+"""Weights (features, classes) and intercepts (classes)."""
 
 
 def pixel_baselines(
@@ -105,12 +107,35 @@ def ridge(
 
     The penalty is the one with the most right answers on the held-out pictures; the weights are then those of all.
     """
-    kept, tried = _moments(features, train[~held_out], labels[~held_out], classes), train[held_out]
-    scores = [(_predict(features, tried, _solve(kept, penalty)) == labels[held_out]).sum() for penalty in PENALTIES]
-    best = PENALTIES[int(torch.stack(scores).argmax())]
-    rest = _moments(features, tried, labels[held_out], classes)
-    whole = tuple(a + b for a, b in zip(kept, rest, strict=True))
-    return _predict(features, test, _solve(whole, best))
+    tried = train[held_out]
+    if train.shape[0] < features(train[:1].float()).shape[1]:
+        kept = _of_few(features, train[~held_out], labels[~held_out], classes)
+        whole = _of_few(features, train, labels, classes)
+    else:
+        most = _moments(features, train[~held_out], labels[~held_out], classes)
+        rest = _moments(features, tried, labels[held_out], classes)
+        kept, whole = _of_many(most), _of_many(tuple(a + b for a, b in zip(most, rest, strict=True)))
+    scores = [(_predict(features, tried, kept(penalty)) == labels[held_out]).sum() for penalty in PENALTIES]
+    return _predict(features, test, whole(PENALTIES[int(torch.stack(scores).argmax())]))
+
+
+def _of_few(
+    features: Features, pixels: UInt8[Tensor, "n pixels"], labels: Int[Tensor, "n"], classes: int
+) -> Callable[[float], Solution]:
+    """The solution for a penalty, where pictures are fewer than features: by their products with each other."""
+    x = features(pixels.float()).double()
+    y = 2 * F.one_hot(labels.long(), classes).double() - 1
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = x - mean_x, y - mean_y
+    products, variance = x @ x.T, x.square().mean()
+
+    def solve(penalty: float) -> Solution:
+        strength = x.shape[0] * (penalty * variance + 1e-9)
+        factor = torch.linalg.cholesky(products + strength * torch.eye(x.shape[0], dtype=x.dtype))
+        weight = x.T @ torch.cholesky_solve(y, factor)
+        return weight.float(), (mean_y - mean_x @ weight).float()
+
+    return solve
 
 
 def _moments(
@@ -128,16 +153,22 @@ def _moments(
     return sums
 
 
-def _solve(moments: tuple[Tensor, ...], penalty: float) -> tuple[Tensor, Tensor]:
-    """Weights (features, classes) and intercepts (classes)."""
+def _of_many(moments: tuple[Tensor, ...]) -> Callable[[float], Solution]:
+    """The solution for a penalty, from the sums of `_moments`."""
     xx, xy, x, y, count = moments
     covariance = (xx / count).addr_(x / count, x / count, alpha=-1)
-    covariance.diagonal().add_(penalty * covariance.diagonal().mean() + 1e-9)
-    weight = torch.cholesky_solve(xy / count - torch.outer(x, y) / count**2, torch.linalg.cholesky(covariance))
-    return weight.float(), (y / count - x / count @ weight).float()
+    shared = xy / count - torch.outer(x, y) / count**2
+
+    def solve(penalty: float) -> Solution:
+        penalised = covariance.clone()
+        penalised.diagonal().add_(penalty * covariance.diagonal().mean() + 1e-9)
+        weight = torch.cholesky_solve(shared, torch.linalg.cholesky(penalised))
+        return weight.float(), (y / count - x / count @ weight).float()
+
+    return solve
 
 
-def _predict(features: Features, pixels: UInt8[Tensor, "n pixels"], solution: tuple[Tensor, Tensor]) -> Tensor:
+def _predict(features: Features, pixels: UInt8[Tensor, "n pixels"], solution: Solution) -> Tensor:
     weight, intercept = solution
     return torch.cat([(features(part.float()) @ weight + intercept).argmax(1) for part in pixels.split(ROWS)])
 
