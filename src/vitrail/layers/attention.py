@@ -16,9 +16,14 @@ from vitrail.core.types import Positions
 NO_POSITIONS = Positions()
 
 
+def bf16_on_cpu(x: Tensor) -> bool:
+    """There, PyTorch's own kernels are not always the fastest."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
 def bf16_training_on_cpu(x: Tensor) -> bool:
-    """Whether a gradient of bf16 numbers will be wanted on a CPU: there, PyTorch's own kernels are not the fastest."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.requires_grad
+    """Whether a gradient of bf16 numbers will be wanted on a CPU."""
+    return bf16_on_cpu(x) and x.requires_grad
 
 
 def attention_map(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:

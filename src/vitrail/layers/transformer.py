@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Gelu, Numerics, Positions
-from vitrail.layers.attention import NO_POSITIONS, Attention, attend, bf16_training_on_cpu
+from vitrail.layers.attention import NO_POSITIONS, Attention, attend, bf16_on_cpu
 from vitrail.layers.merging import Groups, match, merge, spread
 
 FeedForward = Literal["mlp", "swiglu"]
@@ -48,8 +48,9 @@ def gelu(x: Tensor, kind: Gelu) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
     # In bf16 the two kinds are the same up to rounding (against the exact tanh one, on normal numbers: relative error
     # 0.00175 by erf, 0.00173 by tanh; of the gradient 0.00172 and 0.00166), and on a CPU erf takes a third of the time:
-    # forward and backward of 2.4 million numbers 3.5 ms for 9.9 (one AVX512-BF16 core, torch 2.13).
-    if kind == "erf" or bf16_training_on_cpu(x):
+    # forward and backward of 2.4 million numbers 3.5 ms for 9.9 (one AVX512-BF16 core, torch 2.13), forward alone on two
+    # such cores 0.6 ms for 3.1.
+    if kind == "erf" or bf16_on_cpu(x):
         return F.gelu(x)
     return F.gelu(x, approximate="tanh")
 
