@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
+from vitrail.inference import predict
 from vitrail.inference.features import Model, Reading, reader
 from vitrail.models.classifier import Classifier
 
@@ -54,14 +55,8 @@ def asked(model: Model | Asked) -> Asked:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients inside; each module comes out in the mode it was found in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with predict.evaluating(model), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager
