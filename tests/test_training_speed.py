@@ -108,6 +108,24 @@ def test_the_written_attention_is_attention(tokens: int, heads: int, width: int)
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("overrides", [{}, {"qk_norm": True}])
+def test_maps_of_many_tokens_are_not_kept(overrides: dict, monkeypatch) -> None:
+    model = model_of(0, **overrides).train()
+    tokens = model.config.backbone.prefixes + 8 * 8  # type: ignore[union-attr]
+
+    def kept() -> list[tuple[int, ...]]:
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
+            gradients(model, torch.bfloat16)
+        return shapes
+
+    assert any(shape[-2:] == (tokens, tokens) for shape in kept())
+    written = gradients(model, torch.bfloat16)
+    monkeypatch.setattr(attention, "LONGEST", tokens - 1)
+    assert not any(shape[-2:] == (tokens, tokens) for shape in kept())
+    assert 0 < distance(gradients(model, torch.bfloat16), written) < 0.03
+
+
 def test_the_written_attention_reads_no_memory_that_it_has_not_written() -> None:
     made = torch.randn(2, 17, 3, 2, 32, dtype=torch.bfloat16, requires_grad=True)
     torch.use_deterministic_algorithms(True)  # fills whatever is made empty with NaN
