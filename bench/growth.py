@@ -43,7 +43,10 @@ FEWER = {"size": {"batch": 1}}
 """Where START's batch would not fit."""
 BESIDE: list[dict[str, Any]] = [
     {"precision": "fp32"},
+    {"checkpointing": True},
     {"checkpointing": True, "batch": 32},
+    {"precision": "fp32", "checkpointing": True},
+    {"precision": "fp32", "batch": 32, "checkpointing": True},
     {"precision": "fp32", "size": 384, "batch": 4, "checkpointing": True},
 ]
 """Points off the series, for the claim on memory alone."""
@@ -91,6 +94,7 @@ def main() -> int:
     off = worst["bytes_formula"] / worst["bytes"] - 1
     print(f"memory: {len(every)} points, the worst {off:+.1%} (limit {CLOSE:.0%})")
     command = f"python bench/growth.py --precision {settings.precision}" + " --quick" * settings.quick
+    command += f" --rounds {settings.rounds} --threads {settings.threads}"
     written = {"command": command, "worst": off, "limit": CLOSE, "series": series, "beside": beside}
     record.write(settings.out, record.stamped("growth", written))
     if settings.plot and series:

@@ -1,10 +1,10 @@
 """Token merging's curve of accuracy against speed: `python bench/merging.py dinov2s.pt imagenette-small`; --quick tries it.
 
 At equal precision, fp32 by eager PyTorch and int8 by OpenVINO: the model with R patch tokens merged in each block, for
-each R, beside the same without. Two linear heads answer. One is fitted once, to the unmerged fp32 class tokens of the
-training pictures: what it loses is what a person loses who switches merging on under a finished classifier. The other is
-fitted to the class tokens of the merged fp32 model, as `vitrail probe --merge R` does it. int8 is calibrated on training
-pictures.
+each R and each way that predict's --merge knows, beside the same without. Two linear heads answer. One is fitted once, to
+the unmerged fp32 class tokens of the training pictures: what it loses is what a person loses who switches merging on under
+a finished classifier. The other is fitted to the class tokens of the merged fp32 model, as `vitrail probe --merge R` does
+it. int8 is calibrated on training pictures.
 """
 
 import argparse
@@ -27,8 +27,13 @@ from vitrail.inference.engines import Engine, Setup, build, engine_cache
 from vitrail.inference.features import FeatureTable, extract
 from vitrail.inference.graphs import Asked
 from vitrail.inference.quantise import PICTURES, paired, quantise
+from vitrail.layers.merging import Merging
 from vitrail.models.vit import ViT, merge_tokens, resize_backbone
 from vitrail.weights.load import load_backbone
+
+TOKENS = "by=tokens,attention=plain"
+WAYS = ["8", "12", "16", *(f"{count},begin=3,{TOKENS}" for count in (22, 24, 26, 28))]
+"""The paper's way, and those which keep a self-supervised model's answers best."""
 
 
 def main() -> int:
@@ -37,14 +42,16 @@ def main() -> int:
     parser.add_argument("data")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--merge", type=int, nargs="+", default=[2, 4, 8, 12, 16, 20])
+    parser.add_argument("--merge", nargs="+", default=WAYS)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=0, help="0: a core each")
     parser.add_argument("--quick", action="store_true", help="two counts, few pictures and rounds, nothing written")
     parser.add_argument("--out", type=Path, default=measure.ROOT / "results")
     settings = parser.parse_args()
     if settings.quick:
-        settings.merge, settings.rounds = [16], 5
+        settings.merge, settings.rounds = ["16"], 5
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     splits = open_data(settings.data, validation=0.0)
     held_out = splits.validation or splits.test
     assert held_out is not None, "the data need a validation or test split"
@@ -58,7 +65,7 @@ def main() -> int:
     def features(source: Source, of: Engine | None = None) -> FeatureTable:
         return extract(backbone, source, backbone.preprocess, reading="class", of=of, batch=32, progress=True)
 
-    heads: dict[int, Linear] = {}
+    heads: dict[str, Linear] = {}
 
     def right(found: FeatureTable, head: Linear) -> Tensor:
         return head(found.features).argmax(1) == found.labels
@@ -66,9 +73,9 @@ def main() -> int:
     calibration = pixels(train, backbone, PICTURES if not settings.quick else 32)
     some = pixels(shown, backbone, settings.batch)
     asked = Asked(backbone, "class")
-    engines: dict[tuple[str, int], Engine] = {}
-    hits: dict[tuple[str, str, int], Tensor] = {}
-    for count in (0, *settings.merge):
+    engines: dict[tuple[str, str], Engine] = {}
+    hits: dict[tuple[str, str, str], Tensor] = {}
+    for count in ("0", *settings.merge):
         merge_tokens(backbone, count)
         taught = features(train)
         heads[count] = linear(taught.features, taught.labels, len(train.classes)).head
@@ -86,11 +93,11 @@ def main() -> int:
         for precision, of in (("fp32", None), ("int8", engines["int8", count])):
             seen = features(shown, of)
             hits[precision, "kept", count], hits[precision, "fitted", count] = (
-                right(seen, heads[0]),
+                right(seen, heads["0"]),
                 right(seen, heads[count]),
             )
 
-    def eager(count: int) -> None:
+    def eager(count: str) -> None:
         merge_tokens(backbone, count)
         with torch.inference_mode():
             asked(some)
@@ -101,28 +108,27 @@ def main() -> int:
             count: (lambda count=count: eager(count))
             if precision == "fp32"
             else (lambda count=count: engines["int8", count](some))
-            for count in (0, *settings.merge)
+            for count in ("0", *settings.merge)
         }
-        named = {str(count): side for count, side in sides.items()}
-        seconds = alternation.alternate(named, rounds=settings.rounds)
+        seconds = alternation.alternate(sides, rounds=settings.rounds)
         for count in sides:
-            faster = alternation.ratio(seconds["0"], seconds[str(count)])
+            faster = alternation.ratio(seconds["0"], seconds[count])
             line = {
                 "precision": precision,
                 "merge": count,
                 "tokens_at_the_end": tokens_left(backbone, count),
                 "times_faster": {"value": faster.value, "low": faster.low, "high": faster.high},
-                "pictures_a_second": settings.batch / statistics.median(seconds[str(count)]),
+                "pictures_a_second": settings.batch / statistics.median(seconds[count]),
             }
             for head in ("kept", "fitted"):
                 seen = hits[precision, head, count]
-                lost = paired(hits[precision, head, 0].numpy(), seen.numpy())
+                lost = paired(hits[precision, head, "0"].numpy(), seen.numpy())
                 line[head] = {
                     "accuracy": 100 * float(seen.float().mean()),
                     "points_lost": {"value": lost.drop, "low": lost.low, "high": lost.high, "count": lost.count},
                 }
                 print(
-                    f"{precision} R {count:2}, head {head}: {line[head]['accuracy']:.2f} %, {lost.drop:+.2f} points lost "
+                    f"{precision} R {count}, head {head}: {line[head]['accuracy']:.2f} %, {lost.drop:+.2f} points lost "
                     f"[{lost.low:+.2f}, {lost.high:+.2f}], {faster.value:.2f} x [{faster.low:.2f}, {faster.high:.2f}]"
                 )
             found.append(line)
@@ -136,6 +142,7 @@ def main() -> int:
             "size": settings.size,
             "batch": settings.batch,
             "rounds": settings.rounds,
+            "threads": settings.threads,
             "calibrated_on": calibration.shape[0],
             "bar": {"times_faster": 1.4, "points_lost": 1.0},
             "best": to_json(best),
@@ -172,10 +179,10 @@ def pixels(source: Source, backbone: ViT, count: int) -> Tensor:
     return torch.stack([torch.from_numpy(transform(few[place].picture, None)) for place in range(len(few))])
 
 
-def tokens_left(backbone: ViT, count: int) -> int:
-    left = backbone.config.tokens() - backbone.config.prefixes
-    for _ in range(backbone.depth):
-        left -= min(count, left // 2)
+def tokens_left(backbone: ViT, given: str) -> int:
+    how, left = Merging.of(given), backbone.config.tokens() - backbone.config.prefixes
+    for _ in range(how.begin, backbone.depth):
+        left -= min(how.count, left // 2)
     return left + backbone.config.prefixes
 
 

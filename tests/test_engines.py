@@ -25,6 +25,7 @@ from vitrail.inference.choose import choose
 from vitrail.inference.engines import Engine, Setup, build, engine
 from vitrail.inference.features import extract, reader
 from vitrail.inference.graphs import Asked
+from vitrail.layers.merging import Merging
 from vitrail.layers.resampling import _resampling_matrix
 from vitrail.layers.resampling_formula import resampling_formula
 from vitrail.models.classifier import Classifier, ClassifierConfig
@@ -201,7 +202,7 @@ def test_the_flags(model: Classifier, tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="vtab runs eagerly"):
         Checkpoint(engine="auto").eager("vtab")
     save(model, tmp_path / "w.safetensors")
-    assert Checkpoint(merge=2).classifier(tmp_path / "w.safetensors").backbone.merge == 2
+    assert Checkpoint(merge="2").classifier(tmp_path / "w.safetensors").backbone.merge == Merging(2)
 
 
 @unhooked

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitrail.core.errors import UserError
-from vitrail.layers.merging import Groups, match, merge, spread
+from vitrail.layers.merging import Groups, Merging, match, merge, spread
 from vitrail.models.resnet import ResNetConfig
 from vitrail.models.vit import ViT, ViTConfig, merge_tokens
 
@@ -58,7 +58,7 @@ def test_merging_is_the_papers(tokens: int) -> None:
     state = torch.from_numpy(x)
     for count in (4, 3, 2):
         keys = random.normal(size=(2, 2, state.shape[1], 5))
-        state, groups = merge(state, groups, match(torch.from_numpy(keys), prefixes, count))
+        state, groups = merge(state, groups, match(torch.from_numpy(keys.mean(1)), prefixes, count))
         for row in range(2):
             found, counts, members = numpy_step(present[row], keys[row], sizes[row], prefixes, count)
             present[row], sizes[row] = np.array(found), np.array(counts)
@@ -91,7 +91,7 @@ def test_proportional_attention_is_attention_over_copies() -> None:
     torch.testing.assert_close(seen, whole)
 
 
-def answer(model: ViT, images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def answer(model: ViT, images: Tensor, count: int | str) -> tuple[Tensor, Tensor]:
     merge_tokens(model, count)
     with torch.no_grad():
         features = model.features(images)
@@ -144,13 +144,61 @@ def test_a_merged_model_can_be_trained() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_what_is_merged_how_and_from_which_block_on() -> None:
+    """Block by block: by the tokens' own likeness after attention, from block 1 on, all looked at alike."""
+    model, images = backbone(), torch.randn(2, 3, 20, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = model.tokenize(images)
+        x, prefixes = model.encoder.enter(model.prepend(tokens.x), model.positions(tokens)), model.config.prefixes
+        for layer, block in enumerate(model.encoder.blocks):
+            x = block.add_attended(x, block.attention(block.attention_norm(x)))  # type: ignore[operator, union-attr]
+            if layer >= 1:
+                rows = [numpy_step(row, row[None], np.ones(len(row)), prefixes, 4) for row in x.double().numpy()]
+                # The means are of equal weights here, which only first mergings have: later ones are asked of `merge`.
+                x = torch.from_numpy(np.array([found for found, _, _ in rows])).float() if layer == 1 else x
+            x = block.add_transformed(x, block.mlp(block.mlp_norm(x)))  # type: ignore[operator, union-attr]
+            if layer == 1:
+                break
+        model.merge = "4,begin=1,by=tokens,attention=plain"
+        kept = model.features(images, keep=(0, 1)).layers
+        model.merge = 0
+        torch.testing.assert_close(kept[0].tokens, model.features(images, keep=(0,)).layers[0].tokens)
+    for row in range(2):
+        merged = torch.unique(kept[1].tokens[row], dim=0)
+        expected = torch.unique(x[row, prefixes:], dim=0)
+        torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_attention_looks_at_a_merged_token_once() -> None:
+    model, images = backbone(), torch.randn(2, 3, 20, 16, generator=torch.Generator().manual_seed(0))
+    proportional, plain = answer(model, images, "4"), answer(model, images, "4,attention=plain")
+    assert not torch.allclose(proportional[0], plain[0], atol=1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Groups, "mask", lambda self, query: None)
+        torch.testing.assert_close(answer(model, images, "4")[0], plain[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("words", ["0", "7", "24,begin=3", "24,begin=3,by=tokens,attention=plain", "5,attention=plain"])
+def test_what_is_said_can_be_given(words: str) -> None:
+    how = Merging.of(words)
+    assert str(how.said) == words
+    assert Merging.of(how.said) == how
+    assert bool(how) == (words != "0")
+
+
+@pytest.mark.parametrize("words", ["", "many", "4,from=3", "4,by=values", "4,by=keys,begin=2", "1.5"])
+def test_words_that_say_nothing_are_refused(words: str) -> None:
+    with pytest.raises(UserError, match=f"--merge {words} is not known: give 24, or 24,begin=3"):
+        Merging.of(words)
+
+
 @pytest.mark.parametrize("prefixed", [True, False])
 def test_openvino_merges_alike(prefixed: bool) -> None:
     from vitrail.inference.engines import engine
     from vitrail.inference.graphs import Asked
 
     model = backbone(registers=2 if prefixed else 0, class_token=prefixed)
-    model.merge = 4
+    model.merge = 4 if prefixed else "4,begin=1,by=tokens,attention=plain"
     whole = Asked(model, "class" if prefixed else "mean")
     pixels = torch.randint(0, 256, (5, 3, 20, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     with torch.no_grad():

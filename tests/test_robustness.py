@@ -343,7 +343,7 @@ def test_a_dry_run_only_plans(files, tmp_path, capsys):
         ({"target": "up"}, "--target up is none of the classes"),
         ({"cells": 64}, "--cells 64 is more than"),
         ({"salience": "resnet"}, "has no attention; give a ViT"),
-        ({"checkpoint": Checkpoint(merge=2)}, "--merge 2 changes one of them; leave it out"),
+        ({"checkpoint": Checkpoint(merge="2")}, "--merge 2 changes one of them; leave it out"),
         ({"checkpoint": Checkpoint(engine="openvino")}, "robustness runs eagerly"),
         ({"checkpoint": Checkpoint(precision="int8")}, "robustness runs eagerly"),
     ],

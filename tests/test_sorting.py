@@ -114,7 +114,7 @@ def test_a_class_that_somebody_wrote_into_the_answers(fitted: Path, pictures: Pa
 @pytest.mark.parametrize(
     ("given", "flag"),
     [
-        (Checkpoint(merge=3), "--merge 3"),
+        (Checkpoint(merge="3"), "--merge 3"),
         (Checkpoint(engine="auto", precision="int8", calibrate="photos"), "--precision int8"),
         (Checkpoint(preprocess="imagenet,size=16"), "--preprocess imagenet,size=16"),
     ],

@@ -31,14 +31,13 @@ class Work:
     size: int
     threads: int
     device: str = "cpu"
-    merge: int = 0
+    merge: int | str = 0
 
     def build(self) -> Classifier:
         model = subject(self.model, self.size).eval()
-        if self.merge:
-            from vitrail.models.vit import merge_tokens
+        from vitrail.models.vit import merge_tokens
 
-            merge_tokens(model.backbone, self.merge)
+        merge_tokens(model.backbone, self.merge)
         return model
 
     def pictures(self, model: Classifier) -> Tensor:

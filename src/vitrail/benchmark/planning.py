@@ -12,14 +12,15 @@ from vitrail.models.classifier import Classifier, ClassifierConfig
 from vitrail.training.optim import Optimiser
 from vitrail.weights import zoo
 
-BESIDE = 90 << 20
-"""Bytes that a step on a CPU takes beyond its tensors: the matrix library's room for reordered weights, and memory that
-the allocator cannot give back. 67 to 105 MiB in runs of ViT-Ti/16 and ViT-S/16 (bench/growth.py measures more)."""
-HOLES = 1.5
-"""With checkpointing, the allocator's holes between the blocks' kept inputs, as a factor of these: 1.1 to 2.2 in two runs
-of 32 pictures in bf16 (a fit to few points: bench/growth.py says how well it holds elsewhere)."""
 PROCESS = 330 << 20
-"""Bytes of a process that has imported torch and Vitrail and has run a step of a tiny model, measured likewise."""
+"""Bytes of a process that has imported torch and Vitrail and has run a step of a tiny model."""
+BESIDE = 32 << 20
+"""Bytes that a step on a CPU takes beyond its tensors: the matrix library's room for reordered weights."""
+HOLES = 1.108
+"""Memory over tensors: what the allocator cannot give back between tensors of other sizes."""
+AGAIN: dict[Precision, float] = {"bf16": 3.0, "fp32": 6.0}
+"""With checkpointing, more of such holes: each block's tensors, made anew, no longer fit where gradients have been laid
+meanwhile. As a factor of what one block keeps for its backward pass. All four are fits to bench/growth.py's points."""
 
 OPTIMISER = Optimiser(rate=1e-4)
 """As a run has it: Adam and clipping, which changes no peak but the last."""
@@ -71,10 +72,9 @@ def plan(
         return needed(config, count, precision, again, parts)
 
     found = _step(config, batch, precision, checkpointing, accumulate)
-    extra = beside(found, checkpointing)
-    peak = extra + found.peak
+    peak = needs(batch, checkpointing, accumulate)
     parts = {
-        "Python, torch, libraries, allocator": extra,
+        "Python, torch, libraries, allocator": peak - found.peak,
         "weights": found.weights,
         "gradients": found.gradients,
         "optimiser state": found.optimiser,
@@ -99,8 +99,11 @@ def needed(
     config: ClassifierConfig, batch: int, precision: Precision, checkpointing: bool = False, accumulate: int = 1
 ) -> int:
     """Bytes of main memory that a process which trains it on the CPU needs at its peak."""
-    found = _step(config, batch, precision, checkpointing, accumulate)
-    return beside(found, checkpointing) + found.peak
+    total = PROCESS + BESIDE + HOLES * _step(config, batch, precision, checkpointing, accumulate).peak
+    if checkpointing:
+        plain = _step(config, batch, precision, False, accumulate)
+        total += AGAIN[precision] * plain.activations / config.backbone.depth
+    return int(total)
 
 
 @cache
@@ -110,11 +113,6 @@ def _step(
     return footprint(
         config, batch, precision=precision, checkpointing=checkpointing, accumulate=accumulate, optimiser=OPTIMISER
     )
-
-
-def beside(found: Footprint, checkpointing: bool) -> int:
-    """Bytes that a process needs beyond the tensors of a step."""
-    return PROCESS + BESIDE + (int(HOLES * found.activations) if checkpointing else 0)
 
 
 def config_of(name: str, size: int, classes: int) -> ClassifierConfig:

@@ -35,8 +35,8 @@ class Settings:
     compiled: bool = False
     """Measure the peers under torch.compile too."""
 
-    merge: int = 0
-    """Tokens merged away in each block of ours."""
+    merge: str = "0"
+    """Tokens merged away in each block of ours, or how, as for predict."""
 
     seconds: float = 60.0
     """How long each batch and size is measured, at least five rounds."""

@@ -100,7 +100,7 @@ def measured(settings: Settings) -> int:
             "labels": settings.labels,
             "engine": of.name if of else "eager",
             "precision": of.precision if of else given.autocast,
-            "merge": given.merge,
+            "merge": given.merging.said,
             "fingerprint": found.fingerprint,
             "count": tally.count,
             "unreadable": [

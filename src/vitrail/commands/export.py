@@ -42,8 +42,8 @@ class Settings:
     """The file takes raw pixels, 0 to 255, and normalises them itself."""
     precision: EnginePrecision = "fp32"
     """bf16: torch-export alone; int8: openvino alone, with --calibrate."""
-    merge: int = 0
-    """Patch tokens to merge in each block (arXiv 2210.09461); 0: none."""
+    merge: str = "0"
+    """Patch tokens to merge in each block (arXiv 2210.09461); 0: none. Or how, as for predict."""
     reading: Reading | None = None
     """Features instead of answers: planned, class, mean, class-mean or pre-logits, as of probe."""
     data: str = ""

@@ -251,7 +251,7 @@ def target(settings: Settings, model: Classifier, engine: Engine | None, names: 
         "batch": settings.batch,
         "engine": engine.name if engine else "eager",
         "precision": engine.precision if engine else given.autocast,
-        "merge": given.merge,
+        "merge": given.merging.said,
         "calibrate": given.calibrate if given.precision == "int8" else "",
         "device": given.on().type,
     }

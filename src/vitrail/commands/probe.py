@@ -131,7 +131,7 @@ def run(settings: Settings) -> int:
             "data": settings.data,
             "engine": of.name if of else "eager",
             "precision": of.precision if of else given.autocast,
-            "merge": given.merge,
+            "merge": given.merging.said,
             "method": settings.method,
             **{name.replace(" ", "_"): value for name, value in said_of.items()},
             "reading": features.resolved(model, settings.reading),

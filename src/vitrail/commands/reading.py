@@ -14,6 +14,7 @@ from vitrail.core.types import Preprocess, Source
 from vitrail.inference.engines import Engine, EngineName, EnginePrecision, engine, engine_cache
 from vitrail.inference.features import Reading
 from vitrail.inference.graphs import Asked
+from vitrail.layers.merging import Merging
 from vitrail.models.classifier import Classifier
 from vitrail.models.vit import merge_tokens
 from vitrail.weights.load import Model, load, load_any
@@ -34,8 +35,9 @@ class Checkpoint:
     else eager."""
     precision: EnginePrecision = "fp32"
     """Of matrix products; bf16 changes probabilities in the third digit. int8 needs --calibrate, and OpenVINO."""
-    merge: int = 0
-    """Patch tokens to merge in each block (arXiv 2210.09461): faster, and less exact; 0: none."""
+    merge: str = "0"
+    """Patch tokens to merge in each block (arXiv 2210.09461): faster, and less exact; 0: none. As
+    24,begin=3,by=tokens,attention=plain: from block 3 on, those whose outputs (not keys) are alike, each looked at once."""
     calibrate: str = ""
     """For int8: your own pictures, given as --data is, with or without labels. Part calibrates, part measures the loss."""
     int8_drop: float = 0.5
@@ -64,6 +66,11 @@ class Checkpoint:
         model = load_any(str(weights), heads=self.heads, grid=self.grid, preprocess=self.preprocess or None)
         merge_tokens(model.backbone if isinstance(model, Classifier) else model, self.merge)
         return model.to(device)
+
+    @property
+    def merging(self) -> Merging:
+        """How tokens are merged. Raises UserError."""
+        return Merging.of(self.merge)
 
     @property
     def autocast(self) -> Precision:

@@ -157,7 +157,7 @@ def run(settings: Settings) -> int:
 
 def check(settings: Settings) -> None:
     settings.checkpoint.eager("robustness")
-    if settings.checkpoint.merge:
+    if settings.checkpoint.merging:
         raise UserError(
             f"robustness examines models as they are, and --merge {settings.checkpoint.merge} changes one of them; leave it "
             "out."

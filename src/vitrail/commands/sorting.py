@@ -63,7 +63,7 @@ def sorter(
     if not 0 < promise < 1:
         raise UserError(f"--promise is {promise:g}; give a share of right answers above 0 and below 1, as 0.95.")
     changes = {
-        f"--merge {checkpoint.merge}": checkpoint.merge,
+        f"--merge {checkpoint.merge}": bool(checkpoint.merging),
         "--precision int8": checkpoint.precision == "int8",
         f"--preprocess {checkpoint.preprocess}": checkpoint.preprocess,
     }

@@ -227,9 +227,10 @@ def weights_hash(model: Model) -> str:
     return seen.hexdigest()
 
 
-def merging(model: nn.Module) -> int:
-    """The tokens that a model merges in each block; it is neither in its config nor in its tensors."""
-    return int(getattr(model.backbone if isinstance(model, Classifier) else model, "merge", 0))
+def merging(model: nn.Module) -> int | str:
+    """How many tokens a model merges in each block, or how; it is neither in its config nor in its tensors."""
+    backbone = model.backbone if isinstance(model, Classifier) else model
+    return backbone.merge.said if isinstance(backbone, ViT) else 0
 
 
 def key(

@@ -5,12 +5,62 @@ the encoder is spread out again: each of the first tokens has the output of the 
 stays whole, and whatever reads the tokens (a mean, an attention pool, a dense head) weighs each by its size by itself.
 """
 
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from vitrail.core.errors import UserError
+
+WAYS = "24, or 24,begin=3,by=tokens,attention=plain with any of the three left out"
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How tokens are merged; the default is the paper's way.
+
+    count: patch tokens fewer after each block; 0: nothing is merged. begin: the first block, from 0, after which it is so.
+    by: what says how alike two tokens are: "keys", the mean of the heads' (the paper's Table 1a), or "tokens" themselves,
+        which suits DINOv2 better (docs/log.md).
+    proportional: whether a merged token is looked at as often as those it is made of (Eq. 1). Models pre-trained without
+        labels tend to do better without.
+    """
+
+    count: int = 0
+    begin: int = 0
+    by: Literal["keys", "tokens"] = "keys"
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or self.begin < 0:
+            raise UserError(f"merge must be at least 0 tokens a block, from block 0 on, not {self.count}, {self.begin}")
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    @classmethod
+    def of(cls, given: "int | str | Merging") -> "Merging":
+        """A number is the paper's way; words are those of --merge. Raises UserError for other words."""
+        if isinstance(given, Merging):
+            return given
+        words = re.fullmatch(
+            r"(-?\d+)(?:,begin=(\d+))?(?:,by=(keys|tokens))?(?:,attention=(proportional|plain))?", str(given)
+        )
+        if words is None:
+            raise UserError(f"--merge {given} is not known: give {WAYS}.")
+        by: Literal["keys", "tokens"] = "tokens" if words[3] == "tokens" else "keys"
+        return cls(int(words[1]), int(words[2] or 0), by, words[4] != "plain")
+
+    @property
+    def said(self) -> int | str:
+        """What `of` takes: a number where that says all."""
+        words = [f"begin={self.begin}"] * (self.begin > 0) + ["by=tokens"] * (self.by == "tokens")
+        words += ["attention=plain"] * (not self.proportional)
+        return ",".join([str(self.count), *words]) if self and words else self.count
 
 
 @dataclass(frozen=True)
@@ -39,18 +89,18 @@ class Matching:
     into: Int[Tensor, "b r"]
 
 
-def match(key: Float[Tensor, "b heads t e"], prefixes: int, count: int) -> Matching:
+def match(metric: Float[Tensor, "b t e"], prefixes: int, count: int) -> Matching:
     """Bipartite soft matching: patch tokens fall into the sets A and B by turns, each of A draws an edge to the most
     similar of B, and the `count` best edges stay.
 
-    Similar: by the cosine of the keys' mean over the heads. Prefix tokens take no part. count: at most half of the
-    patch tokens.
+    Similar: by the cosine of their metrics. Prefix tokens take no part. count: at most half of the patch tokens.
     """
-    metric = F.normalize(key.mean(1)[:, prefixes:], dim=-1)
-    similarity, nearest = (metric[:, ::2] @ metric[:, 1::2].mT).max(-1)
+    # By chosen rows, which a runtime copies at once; slices with a step go number by number.
+    numbers, unit = torch.arange(prefixes, metric.shape[1], device=metric.device), F.normalize(metric, dim=-1)
+    similarity, nearest = (unit.index_select(1, numbers[::2]) @ unit.index_select(1, numbers[1::2]).mT).max(-1)
     order = similarity.argsort(-1, descending=True)
     gone, kept = order[:, :count], order[:, count:].sort(-1).values
-    every = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1)
+    every = torch.arange(metric.shape[1], device=metric.device).expand(metric.shape[0], -1)
     stay = torch.cat([every[:, :prefixes], 2 * kept + prefixes, every[:, prefixes + 1 :: 2]], dim=1)
     return Matching(stay, 2 * gone + prefixes, nearest.gather(1, gone) + (prefixes + kept.shape[1]))
 

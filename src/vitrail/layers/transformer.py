@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from vitrail.core.errors import UserError
 from vitrail.core.types import Gelu, Numerics, Positions
 from vitrail.layers.attention import NO_POSITIONS, Attention, attend, bf16_on_cpu
-from vitrail.layers.merging import Groups, match, merge, spread
+from vitrail.layers.merging import Groups, Merging, match, merge, spread
 
 FeedForward = Literal["mlp", "swiglu"]
 
@@ -152,19 +152,20 @@ class Block(nn.Module):
         return self.add_transformed(x, self.mlp(self.mlp_norm(x)))
 
     def merging(
-        self, x: Float[Tensor, "b t d"], groups: Groups, prefixes: int, count: int, first: int | None = None
+        self, x: Float[Tensor, "b t d"], groups: Groups, prefixes: int, how: Merging, first: int | None = None
     ) -> tuple[Float[Tensor, "b less d"], Groups]:
-        """As `forward`, with token merging between attention and MLP: `count` patch tokens fewer, at most half.
+        """As `forward`, with token merging between attention and MLP: `how.count` patch tokens fewer, at most half.
 
         first: how many tokens come out, unmerged; at most the prefix.
         """
-        count = min(count, (x.shape[1] - prefixes) // 2)
+        count = min(how.count, (x.shape[1] - prefixes) // 2)
         query, key, value = self.attention.project(self.attention_norm(x))
         if first is not None:
             query, x, count = query[:, :, :first], x[:, :first], 0
-        x = self.add_attended(x, self.attention.merge(attend(query, key, value, groups.mask(query))))
+        mask = groups.mask(query) if how.proportional else None
+        x = self.add_attended(x, self.attention.merge(attend(query, key, value, mask)))
         if count:
-            x, groups = merge(x, groups, match(key, prefixes, count))
+            x, groups = merge(x, groups, match(key.mean(1) if how.by == "keys" else x, prefixes, count))
         return self.add_transformed(x, self.mlp(self.mlp_norm(x))), groups
 
     def add_attended(self, x: Float[Tensor, "b t d"], attended: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
@@ -188,7 +189,7 @@ class Encoder(nn.Module):
     """The blocks and the final norm.
 
     checkpointing: blocks are computed again in the backward pass, to save memory.
-    merge: patch tokens fewer after each block (layers.merging); 0 for none. prefixes: the tokens that are never merged.
+    merge: how tokens are merged (layers.merging). prefixes: those that never are.
     pre_norm: a norm before the first block too (CLIP). final_norm: False where the norm stands after pooling.
     """
 
@@ -207,7 +208,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpointing = False
-        self.merge = 0
+        self.merge = Merging()
         self.prefixes = 0
         self.dropout = nn.Dropout(dropout)
         # The official rule: the chance grows with depth, from none at the first block to all of it at the last.
@@ -247,7 +248,7 @@ class Encoder(nn.Module):
             if positions.per_layer is not None:
                 x = x + positions.per_layer[layer]
             wanted = first if layer == depth - 1 else None
-            if self.merge:
+            if self.merge and layer >= self.merge.begin:
                 x, groups = block.merging(x, groups, self.prefixes, self.merge, wanted)  # type: ignore[operator]
             elif self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, positions, valid, wanted, use_reentrant=False)

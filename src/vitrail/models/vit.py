@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Features, Numerics, Positions, Preprocess, Tokens
+from vitrail.layers.merging import Merging
 from vitrail.layers.patches import PatchEmbedding, check_pictures, check_size
 from vitrail.layers.positions import (
     LearnedPositions,
@@ -177,7 +178,7 @@ class ViT(nn.Module):
     """A ViT backbone. Made by `ViTConfig.build`, or by `vitrail.load_backbone`.
 
     checkpointing: set it to True to trade time for memory in training.
-    merge: set it to the number of patch tokens to merge in each block, for speed; 0 for none.
+    merge: set it to the number of patch tokens to merge in each block, for speed, or to a `Merging`; 0 for none.
     preprocess: how pictures become this model's input.
     """
 
@@ -231,21 +232,21 @@ class ViT(nn.Module):
             self.trunk.checkpointing = wanted
 
     @property
-    def merge(self) -> int:
+    def merge(self) -> Merging:
         return self.encoder.merge
 
     @merge.setter
-    def merge(self, count: int) -> None:
-        """Raises UserError for a negative count, and where positions enter after the stem: a mean has none of its own."""
-        if count < 0:
-            raise UserError(f"merge must be at least 0 tokens a block, not {count}")
+    def merge(self, given: int | str | Merging) -> None:
+        """Raises UserError for what `Merging.of` does not know, and where positions enter after the stem: a mean has none
+        of its own."""
+        how = Merging.of(given)
         late = self.config.positions in ("rotary", "relative") or self.config.position_layers != "stem"
-        if count and late:
+        if how and late:
             kind = self.config.positions if self.config.position_layers == "stem" else self.config.position_layers
             raise UserError(
                 f"tokens can be merged only where positions enter at the stem, and this model's are {kind!r}"
             )
-        self.encoder.merge, self.encoder.prefixes = count, self.config.prefixes
+        self.encoder.merge, self.encoder.prefixes = how, self.config.prefixes
 
     def tokenize(self, images: Float[Tensor, "b c h w"]) -> Tokens:
         """Normalised pictures, of any size that the patch divides, to patch tokens without positions."""
@@ -333,11 +334,15 @@ def build_positions(config: ViTConfig) -> PositionTable | PositionsBeforeEachBlo
     return tables[0] if config.position_layers == "stem" else PositionsBeforeEachBlock(tables, config.depth)
 
 
-def merge_tokens(backbone: ViT | ResNet, count: int) -> None:
-    """Makes `count` patch tokens fewer in each block, in place; 0 for none. Raises UserError where a model cannot."""
+def merge_tokens(backbone: ViT | ResNet, given: int | str | Merging) -> None:
+    """Makes patch tokens fewer, in place: so many in each block, or as the words or the value say; 0 for none.
+
+    Raises UserError where a model cannot.
+    """
+    how = Merging.of(given)
     if isinstance(backbone, ViT):
-        backbone.merge = count
-    elif count:
+        backbone.merge = how
+    elif how:
         raise UserError("a ResNet has no tokens to merge; leave merge at 0")
 
 
