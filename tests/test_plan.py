@@ -121,6 +121,27 @@ def test_each_number_has_a_range_and_each_default_lies_in_it() -> None:
                 check(with_settings(Recipe(), {name: value}, "test"))
 
 
+@pytest.mark.parametrize(
+    "setting", [{"head": "keep"}, {"heads": 6}, {"grid": [14, 14]}, {"preprocess": "imagenet,size=224"}]
+)
+def test_what_is_said_about_weights_needs_weights(setting: dict) -> None:
+    (name,) = setting
+    with pytest.raises(UserError, match=f"--{name} is about --weights, and none were given; leave it out"):
+        check(with_settings(Recipe(), setting, "test"))
+    check(with_settings(change(Recipe(), "model", weights=Path("w")), setting, "test"))
+    default = {name: flat(Recipe())[name]}
+    check(with_settings(Recipe(), default, "test"))
+
+
+@pytest.mark.parametrize("setting", [{"pool": "mean"}, {"representation": 32}, {"head_bias": -4.0}])
+def test_a_head_that_is_kept_is_not_changed(setting: dict) -> None:
+    kept = change(Recipe(), "model", weights=Path("w"), head="keep")
+    (name,) = setting
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is of a new head, and --head keep takes the one"):
+        check(with_settings(kept, setting, "test"))
+    check(with_settings(kept, {"pool": "planned", "representation": 0, "head_bias": 0.0}, "test"))
+
+
 def test_weights_bring_their_own_model() -> None:
     weights = change(Recipe(), "model", weights=Path("w"))
     check(with_settings(weights, {"model": "", "positions": "planned", "pool": "mean"}, "test"))

@@ -245,6 +245,18 @@ def check(recipe: Recipe) -> None:
             )
     if len(settings["size"]) > 2:
         raise UserError(f"--size has {len(settings['size'])} numbers; give one, or height and width.")
+    if recipe.model.weights is None:
+        default = flat(Recipe())
+        for name in ("head", "heads", "grid", "preprocess"):
+            if name in recipe.given and settings[name] != default[name]:
+                raise UserError(f"--{name} is about --weights, and none were given; leave it out, or give --weights.")
+    elif recipe.model.head == "keep":
+        for name in sorted(recipe.given & {"pool", "representation", "head_bias"}):
+            if settings[name] not in ("planned", 0):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is of a new head, and --head keep takes the one of --weights as it is; "
+                    "leave one of them out."
+                )
     if recipe.model.weights is not None:
         # Only where it was asked for: a recipe of the paper names the model that its own weights would have.
         for name in sorted(recipe.given & {"model", "positions"}):
