@@ -86,6 +86,12 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFi
         convert.run(convert.Settings(str(place), start, "vitrail"))
     assert convert.run(replace(settings, overwrite=True)) == 0
     assert str(place) in capsys.readouterr().out
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"settings": {}}')
+    with pytest.raises(UserError, match="run is the folder of a training run"):
+        convert.run(convert.Settings(str(start), run, "hf", overwrite=True))
+    assert [file.name for file in run.iterdir()] == ["config.json"]
 
 
 def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from vitrail.models.classifier import Classifier
 from vitrail.models.vit import ViT
 from vitrail.weights.formats import writer
 from vitrail.weights.load import Given, build, headless, read
+from vitrail.weights.native import spare_runs
 from vitrail.weights.preprocessing import changed
 from vitrail.weights.report import page, terminal_width
 
@@ -45,6 +46,7 @@ def run(settings: Settings) -> int:
     place = settings.destination
     if not settings.overwrite and place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise UserError(f"{place} is there already: give another place, or --overwrite")
+    spare_runs(place)
     given = read(settings.source, heads=settings.heads, grid=settings.grid)
     if settings.preprocess:
         stated = changed(given.converted.preprocess, settings.preprocess)

@@ -54,11 +54,8 @@ def save(model: Classifier | ViT | ResNet, destination: str | Path) -> Path:
     destination = Path(destination)
     folder = destination.parent if destination.suffix == ".safetensors" else destination
     file = destination if destination.suffix == ".safetensors" else folder / FILE
-    if file != destination and _of_a_run(folder / CONFIG):
-        raise UserError(
-            f"{folder} is the folder of a training run, whose weights and settings would be lost: give another folder, or "
-            "a file that ends in .safetensors"
-        )
+    if file != destination:
+        spare_runs(folder)
     description = Description(
         FORMAT,
         "classifier" if isinstance(model, Classifier) else "backbone" if isinstance(model, ViT) else "resnet",
@@ -74,6 +71,15 @@ def save(model: Classifier | ViT | ResNet, destination: str | Path) -> Path:
     if file != destination:
         write_json(folder / CONFIG, data)
     return file
+
+
+def spare_runs(folder: Path) -> None:
+    """Raises UserError where a training run lies there."""
+    if _of_a_run(folder / CONFIG):
+        raise UserError(
+            f"{folder} is the folder of a training run, whose weights and settings would be lost: give another folder, or "
+            "a file that ends in .safetensors"
+        )
 
 
 def _of_a_run(config: Path) -> bool:
