@@ -97,6 +97,8 @@ def page(found: dict[str, dict[str, Any]], missing: list[str]) -> str:
         parts += [f"## {heading}: {model}\n", f"    {RUNS[name]} --json results/{name}.json\n", machine(record)]
         parts += [table(run) for run in record["runs"]]
     parts += claims({name: record for name, record in found.items() if name in CLAIMS})
+    if "merging" in found:
+        parts += merging(found["merging"])
     if "growth" in found:
         parts += growth(found["growth"])
     if "gpu" in found:
@@ -229,6 +231,34 @@ def lines_of(name: str, record: dict[str, Any]) -> list[tuple[str, float, dict[s
     return [("attention maps over an explicit forward pass, at most", record["most"], record["maps"]["ratio"])]
 
 
+def merging(record: dict[str, Any]) -> list[str]:
+    """The whole curve of accuracy against speed."""
+    rows = [
+        "| precision | `--merge` | words left | times unmerged | 95 % | finished head | lost | fitted head | lost |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for line in record["curve"]:
+        faster = line["times_faster"]
+        heads = []
+        for head in ("kept", "fitted"):
+            lost = line[head]["points_lost"]
+            heads += [
+                f"{line[head]['accuracy']:.2f} %",
+                f"{lost['value']:+.2f} ({lost['low']:+.1f} to {lost['high']:+.1f})",
+            ]
+        speed = f"{faster['value']:.2f} | {faster['low']:.2f}-{faster['high']:.2f}"
+        rows.append(
+            f"| {line['precision']} | {line['merge']} | {line['tokens_at_the_end']} | {speed} | {' | '.join(heads)} |"
+        )
+    count = record["curve"][0]["kept"]["points_lost"]["count"]
+    said = (
+        f"{record['weights']} on {record['data']} at {record['size']} pixels, batch {record['batch']}, {count} pictures "
+        "asked. A finished head was fitted to unmerged words, a fitted one to merged ones; points are lost against the "
+        "same precision unmerged.\n"
+    )
+    return ["## Token merging\n", f"    {CLAIMS['merging']}\n", said, "\n".join(rows) + "\n"]
+
+
 def growth(record: dict[str, Any]) -> list[str]:
     rows = ["| grows | at | seconds | formula | MiB | formula |", "|---|---|---|---|---|---|"]
     for name, points in record["series"].items():
@@ -241,7 +271,8 @@ def growth(record: dict[str, Any]) -> list[str]:
         "formula is FLOPs over the measured matrix rate, at the share that a series' first point reaches.\n"
     )
     picture = "![Time and memory of a training step](pictures/growth.png)\n"
-    return ["## Growth\n", f"    {OTHERS['growth']}\n", said, picture, "\n".join(rows) + "\n"]
+    command = f"    {record['command']} --plot docs/pictures/growth.png\n"
+    return ["## Growth\n", command, said, picture, "\n".join(rows) + "\n"]
 
 
 def gpu(record: dict[str, Any]) -> list[str]:
