@@ -18,7 +18,7 @@ BESIDE = 32 << 20
 """Bytes that a step on a CPU takes beyond its tensors: the matrix library's room for reordered weights."""
 HOLES = 1.108
 """Memory over tensors: what the allocator cannot give back between tensors of other sizes."""
-AGAIN: dict[Precision, float] = {"bf16": 3.0, "fp32": 6.0}
+AGAIN: dict[Precision, float] = {"bf16": 2.7, "fp32": 5.0}
 """With checkpointing, more of such holes: each block's tensors, made anew, no longer fit where gradients have been laid
 meanwhile. As a factor of what one block keeps for its backward pass. All four are fits to bench/growth.py's points."""
 
