@@ -118,9 +118,11 @@ class Attention(nn.Module):
         first: how many of the tokens look, and come out; None for all.
         """
         plain = self.query_norm is None and positions.rotary is None and positions.bias is None and valid is None
+        if plain and (first is not None or torch.compiler.is_exporting()):
+            return self.merge(attend(*self.project(x, positions, first)))
         made = self.qkv(x)
         written = bf16_training_on_cpu(made) and made.shape[1] <= LONGEST and not torch.compiler.is_compiling()
-        if plain and first is None and written:
+        if plain and written:
             return self.dropout(self.output(WrittenAttention.apply(made.unflatten(-1, (3, self.heads, -1)))))
         query, key, value = self.split(made, positions)
         mask = self.mask(query, positions, valid)
@@ -139,10 +141,26 @@ class Attention(nn.Module):
         return attention_map(query, key, self.mask(query, positions, valid))
 
     def project(
-        self, x: Float[Tensor, "b t d"], positions: Positions = NO_POSITIONS
-    ) -> tuple[Float[Tensor, "b heads t e"], Float[Tensor, "b heads t e"], Float[Tensor, "b heads t e"]]:
-        """Queries, keys and values, normed and rotated where this model does so."""
-        return self.split(self.qkv(x), positions)
+        self, x: Float[Tensor, "b t d"], positions: Positions = NO_POSITIONS, first: int | None = None
+    ) -> tuple[Float[Tensor, "b heads some e"], Float[Tensor, "b heads t e"], Float[Tensor, "b heads t e"]]:
+        """Queries of the first tokens (None: of all), keys and values, normed and rotated where this model does so."""
+        if (
+            self.query_norm is None
+            and positions.rotary is None
+            and (first is not None or torch.compiler.is_exporting())
+        ):
+            return self._apart(x, first)
+        query, key, value = self.split(self.qkv(x), positions)
+        return query if first is None else query[:, :, :first], key, value
+
+    def _apart(
+        self, x: Float[Tensor, "b t d"], first: int | None
+    ) -> tuple[Float[Tensor, "b heads some e"], Float[Tensor, "b heads t e"], Float[Tensor, "b heads t e"]]:
+        """In three products: other tokens' queries are never made, and a graph's runtime need not copy the three apart."""
+        biases = (None, None, None) if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        given = zip((x if first is None else x[:, :first], x, x), self.qkv.weight.chunk(3), biases, strict=True)
+        query, key, value = (F.linear(*each).unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in given)
+        return query, key, value
 
     def split(
         self, made: Float[Tensor, "b t threefold"], positions: Positions

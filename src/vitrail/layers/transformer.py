@@ -159,9 +159,9 @@ class Block(nn.Module):
         first: how many tokens come out, unmerged; at most the prefix.
         """
         count = min(how.count, (x.shape[1] - prefixes) // 2)
-        query, key, value = self.attention.project(self.attention_norm(x))
+        query, key, value = self.attention.project(self.attention_norm(x), first=first)
         if first is not None:
-            query, x, count = query[:, :, :first], x[:, :first], 0
+            x, count = x[:, :first], 0
         mask = groups.mask(query) if how.proportional else None
         x = self.add_attended(x, self.attention.merge(attend(query, key, value, mask)))
         if count:
