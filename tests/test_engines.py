@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from vitrail.inference.agreement import compare, sample_pictures
 from vitrail.inference.choose import choose
 from vitrail.inference.engines import Engine, Setup, build, engine
 from vitrail.inference.features import extract, reader
-from vitrail.inference.graphs import Asked
+from vitrail.inference.graphs import Asked, easy, filled, fillers, openvino_model
 from vitrail.layers.merging import Merging
 from vitrail.layers.resampling import _resampling_matrix
 from vitrail.layers.resampling_formula import resampling_formula
 from vitrail.models.classifier import Classifier, ClassifierConfig
-from vitrail.models.vit import ViTConfig
+from vitrail.models.vit import ViT, ViTConfig
 from vitrail.weights.native import save
 
 SMALL = ViTConfig(width=24, depth=2, heads=3, mlp=40, patch=(4, 4), image=(16, 16))
@@ -80,6 +81,62 @@ def test_engines_agree(
             assert (found - wanted).abs().max() <= allowed * wanted.abs().max()
     if name != "compile":
         assert made(torch.zeros(2, 3, 20, 12, dtype=torch.uint8)).shape == (2, 10)
+
+
+@unhooked
+@pytest.mark.parametrize(
+    ("rows", "wanted"), [(197, 198), (198, 198), (199, 200), (257, 258), (577, 578), (50, 50), (5, 16)]
+)
+def test_easy_numbers_have_a_divisor_that_is_a_block(rows: int, wanted: int) -> None:
+    assert easy(rows) == wanted
+
+
+def odd(**changes: Any) -> ViT:
+    """Of 67 tokens, which is a prime."""
+    made = replace(SMALL, image=(24, 44), patch=(4, 4), **changes).build(seed=3).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+    return made
+
+
+def test_tokens_that_fill_up_change_nothing() -> None:
+    model, images = odd(), torch.randn(2, 3, 24, 44, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, short = model.features(images, keep=(0, 1)), model.prefix_features(images)
+        with filled(Asked(model, "class"), 3):
+            found, shorter = model.features(images, keep=(0, 1)), model.prefix_features(images)
+        assert model.encoder.fillers == 0
+    for one, other in ((wanted, found), (short, shorter), *zip(wanted.layers, found.layers, strict=True)):
+        torch.testing.assert_close(one.tokens, other.tokens, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.prefix, other.prefix, rtol=0, atol=1e-5)
+
+
+@unhooked
+@pytest.mark.parametrize("reading", ["class", "mean"])
+def test_openvino_is_given_an_easy_number_of_tokens(reading: Any) -> None:
+    whole = Asked(odd(), reading)
+    assert fillers(whole, (24, 44)) == 1
+    graph = openvino_model(whole, (24, 44), alone=True)
+    shapes = [
+        output.partial_shape
+        for node in graph.get_ops()
+        for output in node.outputs()
+        if not output.partial_shape.rank.is_dynamic
+    ]
+    assert any(len(shape) == 3 and shape[1] == 68 for shape in shapes)
+    pixels = torch.randint(0, 256, (3, 3, 24, 44), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    made = build(whole, Setup("openvino"), batch=1, size=None, device="cpu", threads=1)
+    with torch.no_grad():
+        torch.testing.assert_close(made(pixels), whole(pixels), rtol=0, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_filled_up_is_not() -> None:
+    assert fillers(Asked(odd(positions="rotary"), "mean"), (24, 44)) == 0
+    merging = odd()
+    merging.merge = 2
+    assert fillers(Asked(merging, "mean"), (24, 44)) == 0
+    assert fillers(Asked(odd(), "mean"), (16, 16)) == 0  # 17 tokens
 
 
 @unhooked

@@ -203,7 +203,7 @@ def build(
             raise UserError("int8 has to be calibrated on pictures first; give --calibrate with some of yours.")
         return OpenVino(model, setup, size, number, cache, ready=quantised.model)
     if setup.name == "openvino":
-        return OpenVino(model, setup, size, number, cache)
+        return OpenVino(model, setup, size, number, cache, alone=batch == 1)
     if setup.name == "onnx":
         if setup.precision != "fp32":
             raise UserError(

@@ -27,7 +27,7 @@ from vitrail.inference.features import merging, weights_hash
 from vitrail.inference.graphs import Asked, import_openvino, openvino_core, openvino_model, taking_pixels
 
 EnginePrecision = Literal["fp32", "bf16", "int8"]
-FORMAT = 1
+FORMAT = 2
 """Part of the cache's key: raise it when the same model becomes another graph."""
 LARGEST_PART = 8
 """Pictures that OpenVINO looks at in one request: more only make the activations leave the caches."""
@@ -67,13 +67,15 @@ class OpenVino:
         threads: int,
         cache: Path | None,
         ready: Any = None,
+        alone: bool = False,
     ) -> None:
-        """ready: an openvino.Model to take in place of converting `model`: a quantised one, whose `size` is the only one."""
+        """alone: made for one picture at a time. ready: an openvino.Model to take in place of converting `model`: a
+        quantised one, whose `size` is the only one."""
         self.openvino = import_openvino()
         self.precision, self.setup, self.size, self.threads = setup.precision, setup, size, threads
         self.model, self.cache, self.preprocess = model, cache, model.preprocess
         self.graphs = {} if ready is None else {size: ready}
-        self.quantised = ready is not None
+        self.quantised, self.alone = ready is not None, alone
         self.queues: dict[tuple[torch.dtype, tuple[int, int]], Any] = {}
         self.queue(torch.uint8, size)
 
@@ -119,10 +121,10 @@ class OpenVino:
     def graph(self, size: tuple[int, int]) -> Any:
         """The model as a graph for normalised pictures, from the cache where there is one."""
         if self.cache is None:
-            return openvino_model(self.model, size)
-        folder = self.cache / graph_key(self.model, size)
+            return openvino_model(self.model, size, alone=self.alone)
+        folder = self.cache / graph_key(self.model, size, self.alone)
         if not (folder / "model.xml").exists():
-            made = openvino_model(self.model, size)
+            made = openvino_model(self.model, size, alone=self.alone)
             part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
             try:
                 part.mkdir(parents=True)
@@ -135,7 +137,7 @@ class OpenVino:
             return openvino_core().read_model(folder / "model.xml")
         except RuntimeError:
             shutil.rmtree(folder, ignore_errors=True)  # damaged
-            return openvino_model(self.model, size)
+            return openvino_model(self.model, size, alone=self.alone)
 
     @staticmethod
     def hint(precision: EnginePrecision) -> str:
@@ -173,10 +175,10 @@ def compiled_folder(cache: Path) -> Path | None:
     return folder
 
 
-def graph_key(model: Asked, size: tuple[int, int]) -> str:
+def graph_key(model: Asked, size: tuple[int, int], alone: bool = False) -> str:
     """What a graph is kept under: all that decides it, hex digits."""
     versions = [torch.__version__, package_version("openvino")]
-    parts = [FORMAT, weights_hash(model.model), merging(model.model), model.reading, size, versions]
+    parts = [FORMAT, weights_hash(model.model), merging(model.model), model.reading, size, alone, versions]
     return hashlib.sha256(json.dumps(to_json(parts)).encode()).hexdigest()
 
 

@@ -117,12 +117,13 @@ class Attention(nn.Module):
 
         first: how many of the tokens look, and come out; None for all.
         """
-        plain = self.query_norm is None and positions.rotary is None and positions.bias is None and valid is None
+        plain = self.query_norm is None and positions.rotary is None and positions.bias is None
         if plain and (first is not None or torch.compiler.is_exporting()):
-            return self.merge(attend(*self.project(x, positions, first)))
+            query, key, value = self.project(x, positions, first)
+            return self.merge(attend(query, key, value, self.mask(query, positions, valid)))
         made = self.qkv(x)
         written = bf16_training_on_cpu(made) and made.shape[1] <= LONGEST and not torch.compiler.is_compiling()
-        if plain and written:
+        if plain and valid is None and written:
             return self.dropout(self.output(WrittenAttention.apply(made.unflatten(-1, (3, self.heads, -1)))))
         query, key, value = self.split(made, positions)
         mask = self.mask(query, positions, valid)

@@ -190,6 +190,8 @@ class Encoder(nn.Module):
 
     checkpointing: blocks are computed again in the backward pass, to save memory.
     merge: how tokens are merged (layers.merging). prefixes: those that never are.
+    fillers: copies of the last tokens set behind the others, at which none looks, for a runtime that multiplies some numbers
+        of rows faster than others (inference.graphs); only where positions enter at the stem, and without merging.
     pre_norm: a norm before the first block too (CLIP). final_norm: False where the norm stands after pooling.
     """
 
@@ -210,6 +212,7 @@ class Encoder(nn.Module):
         self.checkpointing = False
         self.merge = Merging()
         self.prefixes = 0
+        self.fillers = 0
         self.dropout = nn.Dropout(dropout)
         # The official rule: the chance grows with depth, from none at the first block to all of it at the last.
         chances = [drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
@@ -241,7 +244,10 @@ class Encoder(nn.Module):
         depth = len(self.blocks)
         if missing := [layer for layer in keep if not -depth <= layer < depth]:
             raise UserError(f"keep names block {missing[0]}, but the model's {depth} blocks are 0 to {depth - 1}")
-        x = self.enter(x, positions)
+        x, count = self.enter(x, positions), x.shape[1]
+        if self.fillers:
+            x = torch.cat([x, x[:, -self.fillers :]], dim=1)
+            valid = (torch.arange(x.shape[1], device=x.device) < count).expand(x.shape[0], -1)
         kept: dict[int, Tensor] = {}
         groups = Groups()
         for layer, block in enumerate(self.blocks):
@@ -255,9 +261,9 @@ class Encoder(nn.Module):
             else:
                 x = block(x, positions, valid, wanted)
             if layer in keep or layer - depth in keep:
-                kept[layer] = spread(x, groups)
+                kept[layer] = spread(x, groups)[:, :count]
         if first is None:
-            x = spread(x, groups)
+            x = spread(x, groups)[:, :count]
         return self.norm(x), tuple(kept[layer % depth] for layer in keep)
 
     def enter(self, x: Float[Tensor, "b t d"], positions: Positions = NO_POSITIONS) -> Float[Tensor, "b t d"]:

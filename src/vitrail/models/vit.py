@@ -232,6 +232,11 @@ class ViT(nn.Module):
             self.trunk.checkpointing = wanted
 
     @property
+    def enters_at_stem(self) -> bool:
+        """Whether all that is known of positions is added before the first block."""
+        return self.config.positions not in ("rotary", "relative") and self.config.position_layers == "stem"
+
+    @property
     def merge(self) -> Merging:
         return self.encoder.merge
 
@@ -240,8 +245,7 @@ class ViT(nn.Module):
         """Raises UserError for what `Merging.of` does not know, and where positions enter after the stem: a mean has none
         of its own."""
         how = Merging.of(given)
-        late = self.config.positions in ("rotary", "relative") or self.config.position_layers != "stem"
-        if how and late:
+        if how and not self.enters_at_stem:
             kind = self.config.positions if self.config.position_layers == "stem" else self.config.position_layers
             raise UserError(
                 f"tokens can be merged only where positions enter at the stem, and this model's are {kind!r}"
