@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=Settings.batch)
     parser.add_argument("--variants", nargs="*", default=[], help="as workers=1,niceness=0,batch=32 (all, or some)")
     parser.add_argument("--memory", type=int, nargs="*", default=[1_000, 10_000], help="pictures; none: not measured")
-    parser.add_argument("--memory-model", default="ViT-Ti/16")
+    parser.add_argument("--memory-model", default="ViT-Ti/32")
     parser.add_argument("--out", type=Path, default=measure.ROOT / "results")
     settings, flags = parser.parse_known_args()
     found: dict[str, object] = {"settings": {k: v for k, v in vars(settings).items() if k not in ("photos", "out")}}
@@ -148,6 +148,7 @@ def peaks(settings: argparse.Namespace, folder: Path, photos: list[Path]) -> tup
         place = copies(folder / f"pictures-{count}", photos, count)
         out = folder / f"answers-{count}.jsonl"
         command = [sys.executable, "-m", "vitrail", "predict", str(folder / "light"), str(place), "--out", str(out)]
+        command += ["--engine", "eager"]  # else the longer one would measure engines first, and take another
         process, peak, begun = subprocess.Popen(command, stderr=subprocess.DEVNULL), 0, time.perf_counter()
         while process.poll() is None:
             peak = max(peak, proportional_memory(process.pid))
