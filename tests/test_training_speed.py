@@ -70,6 +70,33 @@ def test_leaving_out_what_the_pool_ignores_changes_nothing_but_rounding(pool: st
             torch.testing.assert_close(short_logits, model(images), rtol=1e-5, atol=1e-5)
 
 
+def test_what_stands_in_the_place_of_qkv_is_asked_and_hooks_see_it() -> None:
+    class Adapter(torch.nn.Module):
+        """As adapters are: with the first module's weight, and more."""
+
+        def __init__(self, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base, self.weight, self.bias = base, base.weight, base.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + 1.0
+
+    model, images = model_of(0).eval(), torch.randn(2, 3, 32, 32)
+    last = model.backbone.encoder.blocks[-1].attention  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        plain, seen = model(images), []
+        handle = last.qkv.register_forward_hook(lambda module, given, made: seen.append(tuple(made.shape)))  # type: ignore[union-attr, operator]
+        torch.testing.assert_close(model(images), plain, rtol=1e-5, atol=1e-5)
+        handle.remove()
+        assert [len(shape) for shape in seen] == [3]
+        last.qkv = Adapter(last.qkv)  # type: ignore[union-attr, arg-type, assignment]
+        short = model(images)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ViT, "prefix_features", ViT.features)
+            torch.testing.assert_close(short, model(images), rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(short, plain, atol=1e-4)
+
+
 def test_leaving_out_really_leaves_out() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

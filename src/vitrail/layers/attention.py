@@ -118,7 +118,7 @@ class Attention(nn.Module):
         first: how many of the tokens look, and come out; None for all.
         """
         plain = self.query_norm is None and positions.rotary is None and positions.bias is None
-        if plain and (first is not None or torch.compiler.is_exporting()):
+        if plain and self._parts(first):
             query, key, value = self.project(x, positions, first)
             return self.merge(attend(query, key, value, self.mask(query, positions, valid)))
         made = self.qkv(x)
@@ -145,14 +145,16 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "b t d"], positions: Positions = NO_POSITIONS, first: int | None = None
     ) -> tuple[Float[Tensor, "b heads some e"], Float[Tensor, "b heads t e"], Float[Tensor, "b heads t e"]]:
         """Queries of the first tokens (None: of all), keys and values, normed and rotated where this model does so."""
-        if (
-            self.query_norm is None
-            and positions.rotary is None
-            and (first is not None or torch.compiler.is_exporting())
-        ):
+        if self.query_norm is None and positions.rotary is None and self._parts(first):
             return self._apart(x, first)
         query, key, value = self.split(self.qkv(x), positions)
         return query if first is None else query[:, :, :first], key, value
+
+    def _parts(self, first: int | None) -> bool:
+        """Whether `_apart` pays. Not where another module stands in the place of qkv (an adapter, say) or a hook looks at
+        it: past those it would go unseen."""
+        untouched = type(self.qkv) is nn.Linear and not self.qkv._forward_hooks and not self.qkv._forward_pre_hooks
+        return untouched and (first is not None or torch.compiler.is_exporting())
 
     def _apart(
         self, x: Float[Tensor, "b t d"], first: int | None
