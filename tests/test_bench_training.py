@@ -83,11 +83,11 @@ def test_the_plan_is_within_ten_per_cent_of_a_real_run():
 
 def test_a_plan_names_what_fits_and_each_does():
     given = {"precision": "fp32", "classes": 10}
-    roomy = planning.plan("ViT-Nano/16", 64, 64, limit=1 << 34, **given)
+    roomy = planning.plan("ViT-Ti/16", 64, 64, limit=1 << 34, **given)
     assert roomy.fits
     assert not roomy.options
     limit = roomy.peak - roomy.parts["kept for the backward pass"] // 5
-    tight = planning.plan("ViT-Nano/16", 64, 64, limit=limit, **given)
+    tight = planning.plan("ViT-Ti/16", 64, 64, limit=limit, **given)
     assert not tight.fits
     assert {option.flags.split()[0] for option in tight.options} == {"--checkpointing", "--accumulate", "--batch"}
     assert all(option.peak <= limit for option in tight.options)

@@ -245,18 +245,6 @@ def check(recipe: Recipe) -> None:
             )
     if len(settings["size"]) > 2:
         raise UserError(f"--size has {len(settings['size'])} numbers; give one, or height and width.")
-    if recipe.model.weights is None:
-        default = flat(Recipe())
-        for name in ("head", "heads", "grid", "preprocess"):
-            if name in recipe.given and settings[name] != default[name]:
-                raise UserError(f"--{name} is about --weights, and none were given; leave it out, or give --weights.")
-    elif recipe.model.head == "keep":
-        for name in sorted(recipe.given & {"pool", "representation", "head_bias"}):
-            if settings[name] not in ("planned", 0):
-                raise UserError(
-                    f"--{name.replace('_', '-')} is of a new head, and --head keep takes the one of --weights as it is; "
-                    "leave one of them out."
-                )
     if recipe.model.weights is not None:
         # Only where it was asked for: a recipe of the paper names the model that its own weights would have.
         for name in sorted(recipe.given & {"model", "positions"}):
@@ -269,6 +257,18 @@ def check(recipe: Recipe) -> None:
         _check_masked(settings, recipe.own)
     elif recipe.objective != dataclasses.replace(ObjectiveSettings(), objective=recipe.objective.objective):
         raise UserError("--targets and --corrupt are of --objective masked-patch (vitrail pretrain); leave them out.")
+    if recipe.model.weights is None:
+        default = flat(Recipe())
+        for name in ("head", "heads", "grid", "preprocess"):
+            if name in recipe.given and settings[name] != default[name]:
+                raise UserError(f"--{name} is about --weights, and none were given; leave it out, or give --weights.")
+    elif recipe.model.head == "keep":
+        for name in sorted(recipe.given & {"pool", "representation", "head_bias"}):
+            if settings[name] not in ("planned", 0):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is of a new head, and --head keep takes the one of --weights as it is; "
+                    "leave one of them out."
+                )
 
 
 def _check_masked(settings: Mapping[str, Any], own: Own) -> None:
