@@ -179,7 +179,7 @@ def test_fit_reads_its_first_answer_by_an_engine(
             str(photos), minutes=1.0, weights=str(tmp_path / "weights"), out=tmp_path / name, engine=name
         )
         assert fit_photos(settings) == 0
-        assert ("engine: openvino, fp32" in capsys.readouterr().out) == (name == "openvino")
+        assert ("engine: openvino, " in capsys.readouterr().out) == (name == "openvino")  # bf16 where there is some
         rows.append(json.loads((tmp_path / name / "results.json").read_text())["first_answer"])
     assert rows[0] == rows[1]
     assert json.loads((tmp_path / "openvino" / "config.json").read_text())["settings"]["engine"] == "openvino"
