@@ -63,7 +63,8 @@ def main() -> int:
         if settings.memory:
             found["memory"], flat = peaks(settings, folder, photos)
             held &= flat
-    measure.write("streaming", {"at_most": MOST, "at_most_memory": MOST_MEMORY, "flags": flags, **found}, settings.out)
+    name = "streaming" if settings.rounds else "streaming_memory"
+    measure.write(name, {"at_most": MOST, "at_most_memory": MOST_MEMORY, "flags": flags, **found}, settings.out)
     return int(not held)
 
 
