@@ -88,7 +88,7 @@ def test_what_stands_in_the_place_of_qkv_is_asked_and_hooks_see_it() -> None:
         handle = last.qkv.register_forward_hook(lambda module, given, made: seen.append(tuple(made.shape)))  # type: ignore[union-attr, operator]
         torch.testing.assert_close(model(images), plain, rtol=1e-5, atol=1e-5)
         handle.remove()
-        assert [len(shape) for shape in seen] == [3]
+        assert seen == [(2, 65, 3 * model.config.backbone.width)]
         last.qkv = Adapter(last.qkv)  # type: ignore[union-attr, arg-type, assignment]
         short = model(images)
         with pytest.MonkeyPatch.context() as patch:

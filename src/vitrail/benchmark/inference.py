@@ -15,6 +15,7 @@ from vitrail.benchmark.subject import subject
 from vitrail.core.device import autocast
 from vitrail.core.errors import UserError
 from vitrail.models.classifier import Classifier
+from vitrail.models.vit import merge_tokens
 
 ENGINES = ("auto", "eager", "compile", "openvino", "onnx")
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -35,8 +36,6 @@ class Work:
 
     def build(self) -> Classifier:
         model = subject(self.model, self.size).eval()
-        from vitrail.models.vit import merge_tokens
-
         merge_tokens(model.backbone, self.merge)
         return model
 

@@ -147,7 +147,7 @@ def check(
         )
     if precision == "bf16" and target == "onnx":
         raise UserError("ONNX Runtime has no bf16 products on a CPU; give --precision fp32, or --to torch-export.")
-    backbone = model.model.backbone if isinstance(model.model, Classifier) else model.model
+    backbone = model.backbone
     if sizes is None or len(sizes) > 1:
         why = ""
         if precision == "int8":
@@ -170,7 +170,7 @@ def check(
 
 def steps(model: Asked) -> Size:
     """What a size is a multiple of."""
-    backbone = model.model.backbone if isinstance(model.model, Classifier) else model.model
+    backbone = model.backbone
     return stage_stride(backbone.depth - 1) if isinstance(backbone, ResNet) else backbone.config.stride
 
 

@@ -24,6 +24,7 @@ from vitrail.core.types import Preprocess
 from vitrail.inference import predict
 from vitrail.inference.features import Model, Reading, reader
 from vitrail.models.classifier import Classifier
+from vitrail.models.resnet import ResNet
 from vitrail.models.vit import ViT
 
 LARGEST_ONNX = 2 * 1024**3
@@ -44,6 +45,10 @@ class Asked(nn.Module):
         self.preprocess = preprocess or model.preprocess
         logits = isinstance(model, Classifier) and reading is None
         self.ask = model if logits else reader(model, reading or "planned")
+
+    @property
+    def backbone(self) -> ViT | ResNet:
+        return self.model.backbone if isinstance(self.model, Classifier) else self.model
 
     def forward(self, images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """uint8 pixels, which are normalised here, or floating pictures that are normalised already."""
@@ -111,7 +116,7 @@ def easy(rows: int) -> int:
 
 def fillers(model: Asked, size: tuple[int, int]) -> int:
     """How many more tokens make the model's an easy number; 0 where it cannot have them, or needs none."""
-    backbone = model.model.backbone if isinstance(model.model, Classifier) else model.model
+    backbone = model.backbone
     if not isinstance(backbone, ViT) or backbone.merge or not backbone.enters_at_stem:
         return 0
     down, across = backbone.config.stride
@@ -121,15 +126,14 @@ def fillers(model: Asked, size: tuple[int, int]) -> int:
 
 @contextlib.contextmanager
 def filled(model: Asked, count: int) -> Iterator[None]:
-    """With so many more tokens inside."""
-    backbone = model.model.backbone if isinstance(model.model, Classifier) else model.model
-    if isinstance(backbone, ViT):
-        backbone.encoder.fillers = count
+    """With so many more tokens inside, which only a ViT can have."""
+    if isinstance(model.backbone, ViT):
+        model.backbone.encoder.fillers = count
     try:
         yield
     finally:
-        if isinstance(backbone, ViT):
-            backbone.encoder.fillers = 0
+        if isinstance(model.backbone, ViT):
+            model.backbone.encoder.fillers = 0
 
 
 def traced(

@@ -120,11 +120,12 @@ class OpenVino:
 
     def graph(self, size: tuple[int, int]) -> Any:
         """The model as a graph for normalised pictures, from the cache where there is one."""
+        make = functools.partial(openvino_model, self.model, size, alone=self.alone)
         if self.cache is None:
-            return openvino_model(self.model, size, alone=self.alone)
+            return make()
         folder = self.cache / graph_key(self.model, size, self.alone)
         if not (folder / "model.xml").exists():
-            made = openvino_model(self.model, size, alone=self.alone)
+            made = make()
             part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
             try:
                 part.mkdir(parents=True)
@@ -137,7 +138,7 @@ class OpenVino:
             return openvino_core().read_model(folder / "model.xml")
         except RuntimeError:
             shutil.rmtree(folder, ignore_errors=True)  # damaged
-            return openvino_model(self.model, size, alone=self.alone)
+            return make()
 
     @staticmethod
     def hint(precision: EnginePrecision) -> str:

@@ -119,7 +119,7 @@ class Attention(nn.Module):
         """
         plain = self.query_norm is None and positions.rotary is None and positions.bias is None
         if plain and self._parts(first):
-            query, key, value = self.project(x, positions, first)
+            query, key, value = self._apart(x, first)
             return self.merge(attend(query, key, value, self.mask(query, positions, valid)))
         made = self.qkv(x)
         written = bf16_training_on_cpu(made) and made.shape[1] <= LONGEST and not torch.compiler.is_compiling()
@@ -153,8 +153,9 @@ class Attention(nn.Module):
     def _parts(self, first: int | None) -> bool:
         """Whether `_apart` pays. Not where another module stands in the place of qkv (an adapter, say) or a hook looks at
         it: past those it would go unseen."""
-        untouched = type(self.qkv) is nn.Linear and not self.qkv._forward_hooks and not self.qkv._forward_pre_hooks
-        return untouched and (first is not None or torch.compiler.is_exporting())
+        if first is None and not torch.compiler.is_exporting():
+            return False
+        return type(self.qkv) is nn.Linear and not self.qkv._forward_hooks and not self.qkv._forward_pre_hooks
 
     def _apart(
         self, x: Float[Tensor, "b t d"], first: int | None
