@@ -256,7 +256,8 @@ def merging(record: dict[str, Any]) -> list[str]:
         "asked. A finished head was fitted to unmerged words, a fitted one to merged ones; points are lost against the "
         "same precision unmerged.\n"
     )
-    return ["## Token merging\n", f"    {CLAIMS['merging']}\n", said, "\n".join(rows) + "\n"]
+    command = f"    {CLAIMS['merging']} --rounds {record['rounds']} --threads {record['threads']}\n"
+    return ["## Token merging\n", command, said, "\n".join(rows) + "\n"]
 
 
 def growth(record: dict[str, Any]) -> list[str]:

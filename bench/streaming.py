@@ -63,8 +63,8 @@ def main() -> int:
         if settings.memory:
             found["memory"], flat = peaks(settings, folder, photos)
             held &= flat
-    name = "streaming" if settings.rounds else "streaming_memory"
-    measure.write(name, {"at_most": MOST, "at_most_memory": MOST_MEMORY, "flags": flags, **found}, settings.out)
+    what = "streaming" if settings.rounds else "streaming_memory"
+    measure.write(what, {"at_most": MOST, "at_most_memory": MOST_MEMORY, "flags": flags, **found}, settings.out)
     return int(not held)
 
 
