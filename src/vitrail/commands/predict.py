@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
@@ -62,12 +62,11 @@ class Settings:
 class Files(Sequence[Sample]):
     """Picture files, made into samples when they are asked for: the names of ten thousand take a megabyte.
 
-    files: in order; bytes are a picture from standard input.
+    files: in order, as the system has them; read one by one, and not kept. given: pictures from standard input, by place.
     """
 
-    def __init__(self, files: Sequence[Path | bytes]) -> None:
-        self.given = {number: file for number, file in enumerate(files) if isinstance(file, bytes)}
-        self.names = Packed.of(b"" if isinstance(file, bytes) else os.fsencode(file) for file in files)
+    def __init__(self, files: Iterable[bytes], given: Mapping[int, bytes]) -> None:
+        self.names, self.given = Packed.of(files), given
 
     def __len__(self) -> int:
         return len(self.names)
@@ -275,28 +274,35 @@ def find(names: Iterable[str]) -> tuple[Files, list[Answer]]:
 
     Raises UserError where it names nothing.
     """
-    found: list[Path | bytes] = []
+    found: list[bytes] = []
+    given: dict[int, bytes] = {}
     problems: list[Answer] = []
     names = list(names)
     if not names:
         raise UserError("no pictures were named; give files, folders, patterns, or - for standard input.")
     for name in names:
         if name == "-":
-            found.append(sys.stdin.buffer.read())
+            given[len(found)] = sys.stdin.buffer.read()
+            found.append(b"")
             continue
         files = [Path(name)] if Path(name).exists() else sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207, a pattern may be absolute
         if not files:
             problems.append(Answer(name, problem=f"{name} does not exist; check the path or the pattern."))
         for file in files:
             try:
-                inside = [file / inner for inner in walk(file, file).names] if file.is_dir() else [file]
+                # As bytes at once: paths of a hundred thousand pictures would take a hundred megabytes.
+                inside = (
+                    [os.fsencode(file / name) for name in walk(file, file).names]
+                    if file.is_dir()
+                    else [os.fsencode(file)]
+                )
             except UserError as error:
                 problems.append(Answer(str(file), problem=str(error)))
                 continue
             if not inside:
                 problems.append(Answer(str(file), problem=f"{file} holds no pictures; give a folder that does."))
             found += inside
-    return Files(found), problems
+    return Files(found, given), problems
 
 
 def write_csv(answers: Iterable[Answer]) -> None:

@@ -75,7 +75,7 @@ def walk(folder: Path, root: Path) -> Found:
     Told by suffix alone; hidden files and folders are passed over, links are followed once. A link that leads nowhere
     is kept, so that it is named as unreadable instead of vanishing. Raises UserError on a folder that may not be read.
     """
-    found, seen = Found(), set()
+    found, seen, waiting = Found(), set(), [folder]
 
     def visit(at: Path) -> Iterator[tuple[str, int]]:
         try:
@@ -83,18 +83,25 @@ def walk(folder: Path, root: Path) -> Found:
             if (status.st_dev, status.st_ino) in seen:
                 return
             seen.add((status.st_dev, status.st_ino))
-            entries = [entry for entry in os.scandir(at) if not entry.name.startswith((".", "__MACOSX"))]
+            with os.scandir(at) as entries:
+                # One by one: an entry keeps all that the system said of it, ten times its name.
+                for entry in entries:
+                    suffix = Path(entry.name).suffix.lower()
+                    if entry.name.startswith((".", "__MACOSX")):
+                        continue
+                    if entry.is_dir():
+                        waiting.append(Path(entry.path))
+                    elif suffix not in PICTURE_SUFFIXES:
+                        found.others[printable(suffix or entry.name)] += 1
+                    elif entry.is_file() or entry.is_symlink():
+                        yield Path(entry.path).relative_to(root).as_posix(), size(entry)
         except OSError as error:
             raise UserError(f"{at} cannot be read ({error.strerror}): give yourself permission to it.") from error
-        for entry in entries:
-            if entry.is_dir():
-                yield from visit(Path(entry.path))
-            elif Path(entry.name).suffix.lower() not in PICTURE_SUFFIXES:
-                found.others[printable(Path(entry.name).suffix.lower() or entry.name)] += 1
-            elif entry.is_file() or entry.is_symlink():
-                yield Path(entry.path).relative_to(root).as_posix(), size(entry)
 
-    pairs = sorted(visit(folder), key=lambda pair: natural(pair[0]))
+    pairs: list[tuple[str, int]] = []
+    while waiting:
+        pairs += visit(waiting.pop())
+    pairs.sort(key=lambda pair: natural(pair[0]))
     found.names, found.sizes = [name for name, _ in pairs], [count for _, count in pairs]
     return found
 
