@@ -95,17 +95,29 @@ def reader(model: Model, reading: Reading = "planned") -> Callable[[Tensor], Ten
     backbone = model.backbone if isinstance(model, Classifier) else model
     own = resolved(model, reading)
 
+    head = model if isinstance(model, Classifier) and reading in ("planned", "pre-logits") else None
+
+    def tokens(images: Tensor) -> Features:
+        if head is not None:
+            return head.to_pool(images)
+        # Who reads the class token alone does not wait for the last block's other tokens.
+        return (
+            backbone.prefix_features(images)
+            if own == "class" and isinstance(backbone, ViT)
+            else backbone.features(images)
+        )
+
     def pool(features: Features) -> Tensor:
-        if isinstance(model, Classifier) and reading in ("planned", "pre-logits"):
-            pooled = model.pool(features)
-            pooled = pooled if model.pool_norm is None else model.pool_norm(pooled)
-            hidden = getattr(model.head, "hidden", None)
+        if head is not None:
+            pooled = head.pool(features)
+            pooled = pooled if head.pool_norm is None else head.pool_norm(pooled)
+            hidden = getattr(head.head, "hidden", None)
             return pooled if hidden is None else hidden(pooled).tanh()
         parts = [features.prefix[:, 0]] if own.startswith("class") else []
         return torch.cat([*parts, features.tokens.mean(1)] if own.endswith("mean") else parts, 1)
 
     def read(images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        return pool(backbone.features(backbone.preprocess.normalize(images) if images.dtype == torch.uint8 else images))
+        return pool(tokens(backbone.preprocess.normalize(images) if images.dtype == torch.uint8 else images))
 
     return read
 

@@ -145,10 +145,11 @@ class Classifier(nn.Module):
             images = self.preprocess.normalize(images)
         elif not images.is_floating_point():
             raise UserError(f"pictures must be uint8 pixels or normalised floating numbers, not {images.dtype}")
-        pooled = self.pool(self._features(images))
+        pooled = self.pool(self.to_pool(images))
         return self.head(pooled if self.pool_norm is None else self.pool_norm(pooled))
 
-    def _features(self, images: Float[Tensor, "b c h w"]) -> Features:
+    def to_pool(self, images: Float[Tensor, "b c h w"]) -> Features:
+        """Normalised pictures to the backbone's features, as far as the pool reads them."""
         backbone = self.backbone
         of_prefix = isinstance(self.pool, (ClassTokenPool, PrefixPool))
         return (
