@@ -1,10 +1,10 @@
 """Token merging's curve of accuracy against speed: `python bench/merging.py dinov2s.pt imagenette-small`; --quick tries it.
 
 At equal precision, fp32 by eager PyTorch and int8 by OpenVINO: the model with R patch tokens merged in each block, for
-each R and each way that predict's --merge knows, beside the same without. Two linear heads answer. One is fitted once, to
-the unmerged fp32 class tokens of the training pictures: what it loses is what a person loses who switches merging on under
-a finished classifier. The other is fitted to the class tokens of the merged fp32 model, as `vitrail probe --merge R` does
-it. int8 is calibrated on training pictures.
+each R and each way that predict's --merge knows, beside the same without. Two linear heads answer. One is fitted to the
+unmerged fp32 class tokens: what it loses is what a person loses who switches merging on under a finished classifier. The
+other is fitted to the class tokens of the merged fp32 model, as `vitrail probe --merge R` does it. Of three parts of all
+pictures each is asked by heads that were fitted to the other two. int8 is calibrated on training pictures.
 """
 
 import argparse
@@ -24,16 +24,17 @@ from vitrail.data.splits import open_data
 from vitrail.data.transforms import Transform
 from vitrail.evaluation.linear import Linear, linear
 from vitrail.inference.engines import Engine, Setup, build, engine_cache
-from vitrail.inference.features import FeatureTable, extract
+from vitrail.inference.features import extract
 from vitrail.inference.graphs import Asked
 from vitrail.inference.quantise import PICTURES, paired, quantise
 from vitrail.layers.merging import Merging
 from vitrail.models.vit import ViT, merge_tokens, resize_backbone
 from vitrail.weights.load import load_backbone
 
-TOKENS = "by=tokens,attention=plain"
-WAYS = ["8", "12", "16", *(f"{count},begin=3,{TOKENS}" for count in (22, 24, 26, 28))]
+WORDS = "blocks=1+3,by=tokens,keep=one,attention=plain"
+WAYS = ["8", "12", "16", *(f"{count},{WORDS}" for count in (40, 44, 48, 52, 56))]
 """The paper's way, and those which keep a self-supervised model's answers best."""
+FOLDS = 3
 
 
 def main() -> int:
@@ -53,32 +54,39 @@ def main() -> int:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     splits = open_data(settings.data, validation=0.0)
-    held_out = splits.validation or splits.test
-    assert held_out is not None, "the data need a validation or test split"
-    train: Source = First(splits.train, 100) if settings.quick else splits.train
-    shown: Source = First(held_out, 100) if settings.quick else held_out
+    parts = [part for part in (splits.train, splits.validation, splits.test) if part is not None]
+    shown = [First(part, 60) for part in parts] if settings.quick else parts
+    labels = torch.cat([torch.as_tensor(part.labels) for part in shown])
+    fold = torch.randint(0, FOLDS, labels.shape, generator=torch.Generator().manual_seed(0))
     backbone = load_backbone(settings.weights)
     assert isinstance(backbone, ViT)
     backbone.eval()
     resize_backbone(backbone, (settings.size, settings.size))
 
-    def features(source: Source, of: Engine | None = None) -> FeatureTable:
-        return extract(backbone, source, backbone.preprocess, reading="class", of=of, batch=32, progress=True)
+    def features(of: Engine | None = None) -> Tensor:
+        how = {"reading": "class", "of": of, "batch": 32, "progress": True}
+        found = torch.cat([extract(backbone, part, backbone.preprocess, **how).features for part in shown])
+        assert len(found) == len(labels), "a picture cannot be read"
+        return found
 
-    heads: dict[str, Linear] = {}
+    def fitted(found: Tensor) -> list[Linear]:
+        others = [fold != number for number in range(FOLDS)]
+        return [linear(found[other], labels[other], len(splits.train.classes)).head for other in others]
 
-    def right(found: FeatureTable, head: Linear) -> Tensor:
-        return head(found.features).argmax(1) == found.labels
+    def right(found: Tensor, heads: list[Linear]) -> Tensor:
+        answers = torch.stack([head(found).argmax(1) for head in heads])
+        return answers[fold, torch.arange(len(fold))] == labels
 
-    calibration = pixels(train, backbone, PICTURES if not settings.quick else 32)
-    some = pixels(shown, backbone, settings.batch)
+    heads: dict[str, list[Linear]] = {}
+    calibration = pixels(splits.train, backbone, PICTURES if not settings.quick else 32)
+    some = pixels(splits.train, backbone, settings.batch)
     asked = Asked(backbone, "class")
     engines: dict[tuple[str, str], Engine] = {}
     hits: dict[tuple[str, str, str], Tensor] = {}
     for count in ("0", *settings.merge):
         merge_tokens(backbone, count)
-        taught = features(train)
-        heads[count] = linear(taught.features, taught.labels, len(train.classes)).head
+        found_in = {"fp32": features()}
+        heads[count] = fitted(found_in["fp32"])
         made = quantise(asked, [calibration], cache=engine_cache(), progress=True)
         streams = min(settings.batch, settings.threads or torch.get_num_threads())
         engines["int8", count] = build(
@@ -90,8 +98,8 @@ def main() -> int:
             threads=settings.threads,
             quantised=made,
         )
-        for precision, of in (("fp32", None), ("int8", engines["int8", count])):
-            seen = features(shown, of)
+        found_in["int8"] = features(engines["int8", count])
+        for precision, seen in found_in.items():
             hits[precision, "kept", count], hits[precision, "fitted", count] = (
                 right(seen, heads["0"]),
                 right(seen, heads[count]),
@@ -181,8 +189,8 @@ def pixels(source: Source, backbone: ViT, count: int) -> Tensor:
 
 def tokens_left(backbone: ViT, given: str) -> int:
     how, left = Merging.of(given), backbone.config.tokens() - backbone.config.prefixes
-    for _ in range(how.begin, backbone.depth):
-        left -= min(how.count, left // 2)
+    for layer in range(backbone.depth):
+        left -= how.at(layer, left)
     return left + backbone.config.prefixes
 
 

@@ -1,5 +1,8 @@
 """Token merging against a plain NumPy one, written from the paper (arXiv 2210.09461, 3): loops, no shared line."""
 
+import re
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +25,7 @@ def backbone(**changes: object) -> ViT:
 
 
 def numpy_step(
-    x: np.ndarray, keys: np.ndarray, sizes: np.ndarray, prefixes: int, count: int
+    x: np.ndarray, keys: np.ndarray, sizes: np.ndarray, prefixes: int, count: int, keep: str = "mean"
 ) -> tuple[list[np.ndarray], list[float], list[list[int]]]:
     """One picture: x (t, d), keys (heads, t, e), sizes (t,). Also which old tokens each new one is made of."""
     patches = np.arange(prefixes, len(x))
@@ -43,14 +46,14 @@ def numpy_step(
     for j in b:
         group = [j, *(i for i in a if drawn.get(i) == j)]
         total = sum(sizes[i] for i in group)
-        tokens.append(sum(x[i] * sizes[i] for i in group) / total)
+        tokens.append(x[j] if keep == "one" else sum(x[i] * sizes[i] for i in group) / total)
         counts.append(total)
         members.append(group)
     return tokens, counts, members
 
 
-@pytest.mark.parametrize("tokens", [12, 13])
-def test_merging_is_the_papers(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "keep"), [(12, "mean"), (13, "mean"), (13, "one")])
+def test_merging_is_the_papers(tokens: int, keep: Literal["mean", "one"]) -> None:
     random = np.random.default_rng(0)
     x, groups, prefixes = random.normal(size=(2, 3 + tokens, 6)), Groups(), 3
     present, sizes = list(x), [np.ones(3 + tokens)] * 2
@@ -58,9 +61,9 @@ def test_merging_is_the_papers(tokens: int) -> None:
     state = torch.from_numpy(x)
     for count in (4, 3, 2):
         keys = random.normal(size=(2, 2, state.shape[1], 5))
-        state, groups = merge(state, groups, match(torch.from_numpy(keys.mean(1)), prefixes, count))
+        state, groups = merge(state, groups, match(torch.from_numpy(keys.mean(1)), prefixes, count), keep)
         for row in range(2):
-            found, counts, members = numpy_step(present[row], keys[row], sizes[row], prefixes, count)
+            found, counts, members = numpy_step(present[row], keys[row], sizes[row], prefixes, count, keep)
             present[row], sizes[row] = np.array(found), np.array(counts)
             origin[row] = [set().union(*(origin[row][i] for i in group)) for group in members]
         assert state.shape[1] == len(present[0])
@@ -144,29 +147,42 @@ def test_a_merged_model_can_be_trained() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_what_is_merged_how_and_from_which_block_on() -> None:
-    """Block by block: by the tokens' own likeness after attention, from block 1 on, all looked at alike."""
+def test_what_is_merged_how_and_in_which_block() -> None:
+    """Block by block: by the tokens' own likeness after attention, in block 1, of which one is kept, looked at once."""
     model, images = backbone(), torch.randn(2, 3, 20, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         tokens = model.tokenize(images)
         x, prefixes = model.encoder.enter(model.prepend(tokens.x), model.positions(tokens)), model.config.prefixes
         for layer, block in enumerate(model.encoder.blocks):
             x = block.add_attended(x, block.attention(block.attention_norm(x)))  # type: ignore[operator, union-attr]
-            if layer >= 1:
-                rows = [numpy_step(row, row[None], np.ones(len(row)), prefixes, 4) for row in x.double().numpy()]
-                # The means are of equal weights here, which only first mergings have: later ones are asked of `merge`.
-                x = torch.from_numpy(np.array([found for found, _, _ in rows])).float() if layer == 1 else x
-            x = block.add_transformed(x, block.mlp(block.mlp_norm(x)))  # type: ignore[operator, union-attr]
             if layer == 1:
-                break
-        model.merge = "4,begin=1,by=tokens,attention=plain"
-        kept = model.features(images, keep=(0, 1)).layers
+                rows = [numpy_step(row, row[None], np.ones(len(row)), prefixes, 4, "one") for row in x.double().numpy()]
+                x = torch.from_numpy(np.array([found for found, _, _ in rows])).float()
+            x = block.add_transformed(x, block.mlp(block.mlp_norm(x)))  # type: ignore[operator, union-attr]
+        model.merge = "4,blocks=1,by=tokens,keep=one,attention=plain"
+        kept = model.features(images, keep=(0, 2)).layers
         model.merge = 0
         torch.testing.assert_close(kept[0].tokens, model.features(images, keep=(0,)).layers[0].tokens)
     for row in range(2):
         merged = torch.unique(kept[1].tokens[row], dim=0)
         expected = torch.unique(x[row, prefixes:], dim=0)
+        assert expected.shape[0] == 20 - 4
         torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_after_the_last_merging_block_merged_tokens_still_weigh_what_they_stand_for() -> None:
+    """Sizes outlive the merging: equal tokens of equal pictures say what all of them said."""
+    model = backbone(positions="none")
+    images = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 5, 4)
+    whole = answer(model, images, 0)
+    torch.testing.assert_close(answer(model, images, "8,blocks=0"), whole, rtol=0, atol=2e-5)
+    assert not torch.allclose(answer(model, images, "8,blocks=0,attention=plain")[0], whole[0], atol=1e-3)
+
+
+def test_a_block_that_is_not_there_is_refused() -> None:
+    model = backbone()
+    with pytest.raises(UserError, match="merge names block 3, but the model's blocks are 0 to 2"):
+        model.merge = "4,blocks=1+3"
 
 
 def test_plain_attention_looks_at_a_merged_token_once() -> None:
@@ -178,7 +194,9 @@ def test_plain_attention_looks_at_a_merged_token_once() -> None:
         torch.testing.assert_close(answer(model, images, "4")[0], plain[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("words", ["0", "7", "24,begin=3", "24,begin=3,by=tokens,attention=plain", "5,attention=plain"])
+@pytest.mark.parametrize(
+    "words", ["0", "7", "24,blocks=0", "24,blocks=1+3,by=tokens,keep=one,attention=plain", "5,attention=plain"]
+)
 def test_what_is_said_can_be_given(words: str) -> None:
     how = Merging.of(words)
     assert str(how.said) == words
@@ -186,9 +204,11 @@ def test_what_is_said_can_be_given(words: str) -> None:
     assert bool(how) == (words != "0")
 
 
-@pytest.mark.parametrize("words", ["", "many", "4,from=3", "4,by=values", "4,by=keys,begin=2", "1.5"])
+@pytest.mark.parametrize(
+    "words", ["", "many", "4,from=3", "4,by=values", "4,by=keys,blocks=2", "4,blocks=2+", "4,keep=two", "1.5"]
+)
 def test_words_that_say_nothing_are_refused(words: str) -> None:
-    with pytest.raises(UserError, match=f"--merge {words} is not known: give 24, or 24,begin=3"):
+    with pytest.raises(UserError, match=re.escape(f"--merge {words} is not known: give 48, or 48,blocks=1+3")):
         Merging.of(words)
 
 
@@ -198,7 +218,7 @@ def test_openvino_merges_alike(prefixed: bool) -> None:
     from vitrail.inference.graphs import Asked
 
     model = backbone(registers=2 if prefixed else 0, class_token=prefixed)
-    model.merge = 4 if prefixed else "4,begin=1,by=tokens,attention=plain"
+    model.merge = 4 if prefixed else "4,blocks=0+1,by=tokens,keep=one,attention=plain"
     whole = Asked(model, "class" if prefixed else "mean")
     pixels = torch.randint(0, 256, (5, 3, 20, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     with torch.no_grad():

@@ -37,7 +37,8 @@ class Checkpoint:
     """Of matrix products; bf16 changes probabilities in the third digit. int8 needs --calibrate, and OpenVINO."""
     merge: str = "0"
     """Patch tokens to merge in each block (arXiv 2210.09461): faster, and less exact; 0: none. As
-    24,begin=3,by=tokens,attention=plain: from block 3 on, those whose outputs (not keys) are alike, each looked at once."""
+    48,blocks=1+3,by=tokens,keep=one,attention=plain: in blocks 1 and 3 only, those whose outputs (not keys) are alike, of
+    which one stays as it is (not their mean) and is looked at once (not as often as it stands for tokens)."""
     calibrate: str = ""
     """For int8: your own pictures, given as --data is, with or without labels. Part calibrates, part measures the loss."""
     int8_drop: float = 0.5

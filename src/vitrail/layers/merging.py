@@ -16,28 +16,32 @@ from torch import Tensor
 
 from vitrail.core.errors import UserError
 
-WAYS = "24, or 24,begin=3,by=tokens,attention=plain with any of the three left out"
+WAYS = "48, or 48,blocks=1+3,by=tokens,keep=one,attention=plain with any of the four left out"
+WORDS = re.compile(
+    r"(-?\d+)(?:,blocks=(\d+(?:\+\d+)*))?(?:,by=(keys|tokens))?(?:,keep=(mean|one))?(?:,attention=(proportional|plain))?"
+)
 
 
 @dataclass(frozen=True)
 class Merging:
-    """How tokens are merged; the default is the paper's way.
+    """How tokens are merged; the default is the paper's way. What suits a DINOv2 better is measured in docs/log.md.
 
-    count: patch tokens fewer after each block; 0: nothing is merged. begin: the first block, from 0, after which it is so.
-    by: what says how alike two tokens are: "keys", the mean of the heads' (the paper's Table 1a), or "tokens" themselves,
-        which suits DINOv2 better (docs/log.md).
+    count: patch tokens fewer after each block; 0: nothing is merged. blocks: in which, from 0; none named: in all.
+    by: what says how alike two tokens are: "keys", the mean of the heads' (the paper's Table 1a), or "tokens" themselves.
+    keep: what tokens become that are merged: their "mean", or the "one" that the others are most alike to (Table 1d).
     proportional: whether a merged token is looked at as often as those it is made of (Eq. 1). Models pre-trained without
         labels tend to do better without.
     """
 
     count: int = 0
-    begin: int = 0
+    blocks: tuple[int, ...] = ()
     by: Literal["keys", "tokens"] = "keys"
+    keep: Literal["mean", "one"] = "mean"
     proportional: bool = True
 
     def __post_init__(self) -> None:
-        if self.count < 0 or self.begin < 0:
-            raise UserError(f"merge must be at least 0 tokens a block, from block 0 on, not {self.count}, {self.begin}")
+        if self.count < 0 or any(block < 0 for block in self.blocks):
+            raise UserError(f"merge must be at least 0 tokens, in blocks from 0 on, not {self.count} in {self.blocks}")
 
     def __bool__(self) -> bool:
         return self.count > 0
@@ -47,20 +51,23 @@ class Merging:
         """A number is the paper's way; words are those of --merge. Raises UserError for other words."""
         if isinstance(given, Merging):
             return given
-        words = re.fullmatch(
-            r"(-?\d+)(?:,begin=(\d+))?(?:,by=(keys|tokens))?(?:,attention=(proportional|plain))?", str(given)
-        )
+        words = WORDS.fullmatch(str(given))
         if words is None:
             raise UserError(f"--merge {given} is not known: give {WAYS}.")
+        blocks = tuple(map(int, words[2].split("+"))) if words[2] else ()
         by: Literal["keys", "tokens"] = "tokens" if words[3] == "tokens" else "keys"
-        return cls(int(words[1]), int(words[2] or 0), by, words[4] != "plain")
+        return cls(int(words[1]), blocks, by, "one" if words[4] == "one" else "mean", words[5] != "plain")
 
     @property
     def said(self) -> int | str:
         """What `of` takes: a number where that says all."""
-        words = [f"begin={self.begin}"] * (self.begin > 0) + ["by=tokens"] * (self.by == "tokens")
-        words += ["attention=plain"] * (not self.proportional)
+        words = ["blocks=" + "+".join(map(str, self.blocks))] * bool(self.blocks) + ["by=tokens"] * (self.by == "tokens")
+        words += ["keep=one"] * (self.keep == "one") + ["attention=plain"] * (not self.proportional)
         return ",".join([str(self.count), *words]) if self and words else self.count
+
+    def at(self, block: int, patches: int) -> int:
+        """How many of so many patch tokens are merged in a block: at most half."""
+        return min(self.count, patches // 2) if not self.blocks or block in self.blocks else 0
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,10 @@ def match(metric: Float[Tensor, "b t e"], prefixes: int, count: int) -> Matching
     return Matching(stay, 2 * gone + prefixes, nearest.gather(1, gone) + (prefixes + kept.shape[1]))
 
 
-def merge(x: Float[Tensor, "b t d"], groups: Groups, matching: Matching) -> tuple[Float[Tensor, "b less d"], Groups]:
-    """The mean of merged tokens, weighted by their sizes."""
+def merge(
+    x: Float[Tensor, "b t d"], groups: Groups, matching: Matching, keep: Literal["mean", "one"] = "mean"
+) -> tuple[Float[Tensor, "b less d"], Groups]:
+    """The mean of merged tokens, weighted by their sizes; or B's of them, as it is."""
     stay, gone, into = matching.stay, matching.gone, matching.into
     size = x.new_ones(x.shape[:2]) if groups.size is None else groups.size
     places = torch.arange(stay.shape[1], device=x.device)
@@ -115,9 +124,11 @@ def merge(x: Float[Tensor, "b t d"], groups: Groups, matching: Matching) -> tupl
     goes = (into[:, None] == places[:, None]).to(x.dtype) * size.gather(1, gone)[:, None]
     before = size.gather(1, stay)
     total = before + goes.sum(-1)
-    mean = rows(x, stay) * (before / total)[..., None] + (goes / total[..., None]) @ rows(x, gone)
+    kept = rows(x, stay)
+    if keep == "mean":
+        kept = kept * (before / total)[..., None] + (goes / total[..., None]) @ rows(x, gone)
     place = torch.cat([places.expand(x.shape[0], -1), into], dim=1).gather(1, torch.cat([stay, gone], 1).argsort(1))
-    return mean, Groups(total, place if groups.owner is None else place.gather(1, groups.owner))
+    return kept, Groups(total, place if groups.owner is None else place.gather(1, groups.owner))
 
 
 def spread(x: Float[Tensor, "b t d"], groups: Groups) -> Float[Tensor, "b all d"]:

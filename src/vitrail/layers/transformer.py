@@ -152,20 +152,24 @@ class Block(nn.Module):
         return self.add_transformed(x, self.mlp(self.mlp_norm(x)))
 
     def merging(
-        self, x: Float[Tensor, "b t d"], groups: Groups, prefixes: int, how: Merging, first: int | None = None
+        self,
+        x: Float[Tensor, "b t d"],
+        groups: Groups,
+        prefixes: int,
+        how: Merging,
+        count: int,
+        first: int | None = None,
     ) -> tuple[Float[Tensor, "b less d"], Groups]:
-        """As `forward`, with token merging between attention and MLP: `how.count` patch tokens fewer, at most half.
+        """As `forward`, with token merging between attention and MLP: `count` patch tokens fewer.
 
-        first: how many tokens come out, unmerged; at most the prefix.
+        first: how many tokens come out, at most the prefix, where none are merged.
         """
-        count = min(how.count, (x.shape[1] - prefixes) // 2)
         query, key, value = self.attention.project(self.attention_norm(x), first=first)
-        if first is not None:
-            x, count = x[:, :first], 0
+        x = x if first is None else x[:, :first]
         mask = groups.mask(query) if how.proportional else None
         x = self.add_attended(x, self.attention.merge(attend(query, key, value, mask)))
         if count:
-            x, groups = merge(x, groups, match(key.mean(1) if how.by == "keys" else x, prefixes, count))
+            x, groups = merge(x, groups, match(key.mean(1) if how.by == "keys" else x, prefixes, count), how.keep)
         return self.add_transformed(x, self.mlp(self.mlp_norm(x))), groups
 
     def add_attended(self, x: Float[Tensor, "b t d"], attended: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
@@ -254,8 +258,9 @@ class Encoder(nn.Module):
             if positions.per_layer is not None:
                 x = x + positions.per_layer[layer]
             wanted = first if layer == depth - 1 else None
-            if self.merge and layer >= self.merge.begin:
-                x, groups = block.merging(x, groups, self.prefixes, self.merge, wanted)  # type: ignore[operator]
+            merged = 0 if wanted is not None else self.merge.at(layer, x.shape[1] - self.prefixes)
+            if merged or (self.merge.proportional and groups.size is not None):
+                x, groups = block.merging(x, groups, self.prefixes, self.merge, merged, wanted)  # type: ignore[operator]
             elif self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, positions, valid, wanted, use_reentrant=False)
             else:

@@ -242,9 +242,11 @@ class ViT(nn.Module):
 
     @merge.setter
     def merge(self, given: int | str | Merging) -> None:
-        """Raises UserError for what `Merging.of` does not know, and where positions enter after the stem: a mean has none
-        of its own."""
+        """Raises UserError for what `Merging.of` does not know, for blocks that are not there, and where positions enter
+        after the stem: a mean has none of its own."""
         how = Merging.of(given)
+        if missing := [block for block in how.blocks if block >= self.depth]:
+            raise UserError(f"merge names block {missing[0]}, but the model's blocks are 0 to {self.depth - 1}")
         if how and not self.enters_at_stem:
             kind = self.config.positions if self.config.position_layers == "stem" else self.config.position_layers
             raise UserError(
