@@ -24,6 +24,7 @@ from vitrail.commands.reading import Checkpoint
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess, Sample
 from vitrail.inference.answers import Answer, kind_of
+from vitrail.inference.engines import Engine, engine
 from vitrail.inference.stream import decoders, stream
 from vitrail.models.classifier import Classifier, ClassifierConfig
 from vitrail.models.vit import ViTConfig
@@ -292,6 +293,33 @@ def test_no_process_is_started_for_a_single_batch() -> None:
     assert decoders(64, 64) == 0
     assert 1 <= decoders(65, 64) <= 2
     assert decoders(0, 1) == 0
+
+
+def test_a_file_goes_on_in_the_precision_that_its_engine_had(
+    weights: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto may take fp32 where bf16 was asked for, on a processor without it."""
+    out, asked = tmp_path / "answers.jsonl", Checkpoint(engine="", precision="bf16")
+    names = tuple(str(pictures / f"{number}.png") for number in (0, 1, 2, 3))
+
+    def chosen(given: Checkpoint, model: Classifier, **named: object) -> Engine:
+        return engine(model, "eager", "fp32", batch=2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "asking", chosen)
+        assert run(Settings(weights, names[:2], out=out, batch=2, workers=0, checkpoint=asked)) == 0
+    assert run(Settings(weights, names, out=out, batch=2, workers=0, checkpoint=asked)) == 0
+    assert len(read(out)) == 4
+    with pytest.raises(UserError, match='begun with asked "bf16", which is now "fp32"'):
+        run(Settings(weights, names, out=out, batch=2, workers=0, checkpoint=Checkpoint(engine="")))
+
+
+def test_a_name_that_no_system_takes_costs_itself_alone(weights: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    assert run(Settings(weights, ("a" * 300 + ".jpg", str(pictures / "1.png")), out=out)) == 2
+    good, bad = read(out)
+    assert Path(good["picture"]).name == "1.png"
+    assert "cannot be looked at (File name too long)" in bad["reason"]
 
 
 def test_names_take_little_room(tmp_path: Path) -> None:

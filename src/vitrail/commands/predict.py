@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, get_args, overload
 
 import numpy as np
 import tyro
@@ -27,6 +27,7 @@ from vitrail.data.folders import walk
 from vitrail.data.sources import Packed, digest, place
 from vitrail.inference.answers import Answer, Answers, entry, kind_of, printable, recorded
 from vitrail.inference.engines import Engine, EngineName
+from vitrail.inference.openvino import EnginePrecision
 from vitrail.inference.stream import stream
 from vitrail.models.classifier import Classifier
 
@@ -180,10 +181,10 @@ def run(settings: Settings) -> int:
     count = len(samples)
     given = settings.checkpoint
     if settings.out is not None and not given.engine:
-        given = replace(given, engine=begun_with(settings.out))
+        given = as_begun(given, settings.out)
     engine = given.asking(model, batch=max(1, min(settings.batch, count)), pictures=count, weights=settings.weights)
     placed: Counter[tuple[str, bool]] = Counter()
-    with target(settings, model, engine, Names(samples, problems)) as out:
+    with target(settings, given, model, engine, Names(samples, problems)) as out:
         before, begun = out.done, time.monotonic()
         if out.note:
             complain(out.note)
@@ -231,27 +232,35 @@ def run(settings: Settings) -> int:
     return 2 if out.lost else 0
 
 
-def begun_with(out: Path) -> EngineName | Literal[""]:
-    """The engine whose answers a file holds already, which goes on with it; "" where there are none."""
-    name = recorded(out).get("engine")
-    return next((known for known in get_args(EngineName) if known == name), "")
+def as_begun(given: Checkpoint, out: Path) -> Checkpoint:
+    """With the engine whose answers a file holds already, and its precision, which may be another than was asked for;
+    unchanged where there are none, or where another precision was asked for then."""
+    before = recorded(out)
+    engine = next((known for known in get_args(EngineName) if known == before.get("engine")), None)
+    precision = next((known for known in get_args(EnginePrecision) if known == before.get("precision")), None)
+    if engine is None or precision is None or before.get("asked") != given.precision:
+        return given
+    return replace(given, engine=engine, precision=precision)
 
 
-def target(settings: Settings, model: Classifier, engine: Engine | None, names: Sequence[str]) -> Answers | Printed:
-    """Where the answers go."""
+def target(
+    settings: Settings, given: Checkpoint, model: Classifier, engine: Engine | None, names: Sequence[str]
+) -> Answers | Printed:
+    """Where the answers go. given: how the model is run, settings' own or as a file was begun."""
     if settings.out is None:
         return Printed(settings)
     from vitrail.inference.features import weights_hash
 
-    given = settings.checkpoint
+    asked = settings.checkpoint
     made = {
         "model": digest([weights_hash(model), *model.labels, json.dumps(to_json(model.preprocess))]),
         "top": min(settings.top, model.config.classes),
         "batch": settings.batch,
         "engine": engine.name if engine else "eager",
         "precision": engine.precision if engine else given.autocast,
+        "asked": asked.precision,
         "merge": given.merging.said,
-        "calibrate": given.calibrate if given.precision == "int8" else "",
+        "calibrate": asked.calibrate if asked.precision == "int8" else "",
         "device": given.on().type,
     }
     return kind_of(settings.out)(settings.out, made, names)
@@ -285,7 +294,12 @@ def find(names: Iterable[str]) -> tuple[Files, list[Answer]]:
             given[len(found)] = sys.stdin.buffer.read()
             found.append(b"")
             continue
-        files = [Path(name)] if Path(name).exists() else sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207, a pattern may be absolute
+        try:
+            there = Path(name).exists()
+        except OSError as error:
+            problems.append(Answer(name, problem=f"{name} cannot be looked at ({error.strerror}); check the path."))
+            continue
+        files = [Path(name)] if there else sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207, a pattern may be absolute
         if not files:
             problems.append(Answer(name, problem=f"{name} does not exist; check the path or the pattern."))
         for file in files:

@@ -127,6 +127,7 @@ class Answers(ABC):
         before = read_json(self.record)
         before = before if isinstance(before, dict) else {}
         made = json.loads(json.dumps(made))
+        before.setdefault("asked", made.get("asked"))  # earlier versions do not say
         for name in made:
             if before.get(name) == made[name]:
                 continue
