@@ -99,9 +99,13 @@ def test_links_are_followed_once_and_dead_ones_are_kept_to_be_named(tmp_path: Pa
     (tmp_path / "data" / "cat").symlink_to(tmp_path / "elsewhere" / "cat", target_is_directory=True)
     (tmp_path / "elsewhere" / "cat" / "round").symlink_to(tmp_path / "elsewhere" / "cat", target_is_directory=True)
     (tmp_path / "data" / "dog" / "dead.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "data" / "dog" / "itself.png").symlink_to(tmp_path / "data" / "dog" / "itself.png")
     source, _ = read_folder(tmp_path / "data")
-    assert [key(source, index) for index in range(len(source))] == ["cat/cat0.jpg", "cat/cat1.jpg", "dog/dead.png"]
-    assert source.sizes.tolist() == [5, 5, -1]
+    assert [key(source, index) for index in range(len(source))] == [
+        *("cat/cat0.jpg", "cat/cat1.jpg"),
+        *("dog/dead.png", "dog/itself.png"),
+    ]
+    assert source.sizes.tolist() == [5, 5, -1, -1]
 
 
 def test_folder_named_like_a_picture_is_a_folder(tmp_path: Path) -> None:

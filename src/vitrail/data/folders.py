@@ -89,11 +89,11 @@ def walk(folder: Path, root: Path) -> Found:
                     suffix = Path(entry.name).suffix.lower()
                     if entry.name.startswith((".", "__MACOSX")):
                         continue
-                    if entry.is_dir():
+                    if _leads_to_folder(entry):
                         waiting.append(Path(entry.path))
                     elif suffix not in PICTURE_SUFFIXES:
                         found.others[printable(suffix or entry.name)] += 1
-                    elif entry.is_file() or entry.is_symlink():
+                    elif entry.is_symlink() or entry.is_file():
                         yield Path(entry.path).relative_to(root).as_posix(), size(entry)
         except OSError as error:
             raise UserError(f"{at} cannot be read ({error.strerror}): give yourself permission to it.") from error
@@ -104,6 +104,13 @@ def walk(folder: Path, root: Path) -> Found:
     pairs.sort(key=lambda pair: natural(pair[0]))
     found.names, found.sizes = [name for name, _ in pairs], [count for _, count in pairs]
     return found
+
+
+def _leads_to_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link round in a circle, or to where one may not look
 
 
 def read_folder(root: Path, classes: Sequence[str] | None = None) -> tuple[FileSource, tuple[str, ...]]:
