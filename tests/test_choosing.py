@@ -107,6 +107,16 @@ def test_a_cache_that_cannot_be_written_costs_a_sentence(
     assert "What int8 costs is not remembered" in capsys.readouterr().err
 
 
+@unhooked
+def test_the_verdict_on_int8_is_of_the_names_that_the_classes_have_now(model: Classifier, tmp_path: Path) -> None:
+    source = subset(read_sample("fashion", "test"), range(12))
+    model.labels = tuple(f"no such {number}" for number in range(10))
+    given = {"limit": 100, "cache": tmp_path / "engines", "workers": 0}
+    assert not calibrated(Asked(model), source, **given)[1].labelled  # type: ignore[arg-type]
+    model.labels = source.classes
+    assert calibrated(Asked(model), source, **given)[1].labelled  # type: ignore[arg-type]
+
+
 def test_all_that_a_runtime_says_is_passed_on(model: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*given: Any, **named: Any) -> Any:
         raise RuntimeError("Exception from core.cpp:117:\nException from cache.cpp:3:\nthe disk is full\n")

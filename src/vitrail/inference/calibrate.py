@@ -1,5 +1,6 @@
 """int8 from a person's pictures to a verdict: calibrated on one part, measured on the other, and remembered."""
 
+import hashlib
 import json
 import sys
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from vitrail.data.loader import Order, PictureLoader
 from vitrail.data.sources import subset
 from vitrail.data.transforms import Transform
 from vitrail.inference.engines import Setup, build
+from vitrail.inference.features import changes
 from vitrail.inference.graphs import Asked
 from vitrail.inference.predict import predict
 from vitrail.inference.quantise import PICTURES, Gate, Quantised, gate, quantise, quantised_key
@@ -56,7 +58,10 @@ def calibrated(
     made = quantise(model, [pixels], cache=cache, progress=progress)
     record = None
     if cache is not None:
-        record = cache / "gates" / f"{quantised_key(model, pixels, model.preprocess.size)}-{source.fingerprint}.json"
+        # The verdict hangs on more than the int8 model: on what the classes are called, and on the pictures that measure.
+        seen = hashlib.sha256(json.dumps([source.fingerprint, getattr(model.model, "labels", ())]).encode())
+        seen.update(changes(held))
+        record = cache / "gates" / f"{quantised_key(model, pixels, model.preprocess.size)}-{seen.hexdigest()}.json"
     if (known := recall(record, limit)) is not None:
         return made, known
     found = measured(model, made, held, limit, cache, workers, progress)

@@ -256,15 +256,22 @@ def key(
     parts = [FORMAT, weights_hash(model), source.fingerprint, to_json(preprocess), resolved(model, reading), reading]
     how = [precision, *([merging(model), mark] if merging(model) or mark else [])]
     seen = hashlib.sha256(json.dumps([*parts, *how], sort_keys=True).encode())
+    seen.update(changes(source))
+    return seen.hexdigest()
+
+
+def changes(source: Source) -> bytes:
+    """When each picture file was changed last; nothing of pictures that are no files."""
+    found = []
     for place in range(len(source)):
         picture = source[place].picture
         if not isinstance(picture, Path):
             break  # the fingerprint of pictures held in memory or in a table is all that is known
         try:
-            seen.update(picture.stat().st_mtime_ns.to_bytes(8, "little", signed=True))
+            found.append(picture.stat().st_mtime_ns.to_bytes(8, "little", signed=True))
         except OSError:
-            seen.update(b"missing")
-    return seen.hexdigest()
+            found.append(b"missing")
+    return b"".join(found)
 
 
 def recall(folder: Path, count: int) -> list[Rows]:
