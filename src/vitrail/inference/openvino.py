@@ -27,7 +27,7 @@ from vitrail.inference.features import merging, weights_hash
 from vitrail.inference.graphs import Asked, import_openvino, openvino_core, openvino_model, taking_pixels
 
 EnginePrecision = Literal["fp32", "bf16", "int8"]
-FORMAT = 2
+FORMAT = 3
 """Part of the cache's key: raise it when the same model becomes another graph."""
 LARGEST_PART = 8
 """Pictures that OpenVINO looks at in one request: more only make the activations leave the caches."""
