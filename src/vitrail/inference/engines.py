@@ -83,7 +83,10 @@ class Eager:
         count = images.shape[0]
         if self.name == "compile" and count < self.batch:
             images = torch.cat([images, images[:1].expand(self.batch - count, -1, -1, -1)])
-        return self.ask(images.to(self.device, non_blocking=True))[:count]
+        images = images.to(self.device, non_blocking=True)
+        if self.name == "compile" and images.is_inference():
+            images = images.clone()  # another kind of tensor to torch.compile, which would begin anew
+        return self.ask(images)[:count]
 
 
 class Onnx:
