@@ -97,6 +97,28 @@ def test_what_stands_in_the_place_of_qkv_is_asked_and_hooks_see_it() -> None:
         assert not torch.allclose(short, plain, atol=1e-4)
 
 
+def test_quantised_weights_are_never_cut() -> None:
+    """torchao puts a kind of tensor in the place of a Linear's weight, which knows the whole product alone."""
+
+    class Quantised(Tensor):
+        def __tensor_flatten__(self) -> None:
+            raise AssertionError("nobody compiles here")
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            assert func is torch.nn.functional.linear or "chunk" not in func.__name__, func
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    model, images = model_of(0).eval(), torch.randn(2, 3, 32, 32)
+    last = model.backbone.encoder.blocks[-1].attention  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        plain = model(images)
+        weight = last.qkv.weight.detach().as_subclass(Quantised)  # type: ignore[union-attr, operator]
+        last.qkv.weight = torch.nn.Parameter(weight, requires_grad=False)  # type: ignore[union-attr, assignment]
+        assert type(last.qkv.weight) is not torch.nn.Parameter  # type: ignore[union-attr]
+        torch.testing.assert_close(model(images).as_subclass(Tensor), plain, rtol=1e-5, atol=1e-5)
+
+
 def test_leaving_out_really_leaves_out() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -123,7 +123,7 @@ class Attention(nn.Module):
             return self.merge(attend(query, key, value, self.mask(query, positions, valid)))
         made = self.qkv(x)
         written = bf16_training_on_cpu(made) and made.shape[1] <= LONGEST and not torch.compiler.is_compiling()
-        if plain and valid is None and written:
+        if plain and valid is None and first is None and written:
             return self.dropout(self.output(WrittenAttention.apply(made.unflatten(-1, (3, self.heads, -1)))))
         query, key, value = self.split(made, positions)
         mask = self.mask(query, positions, valid)
@@ -152,10 +152,13 @@ class Attention(nn.Module):
 
     def _parts(self, first: int | None) -> bool:
         """Whether `_apart` pays. Not where another module stands in the place of qkv (an adapter, say) or a hook looks at
-        it: past those it would go unseen."""
+        it: past those it would go unseen. Nor where its weight is made of other tensors, as quantised ones are: those
+        cannot be cut."""
         if first is None and not torch.compiler.is_exporting():
             return False
-        return type(self.qkv) is nn.Linear and not self.qkv._forward_hooks and not self.qkv._forward_pre_hooks
+        qkv = self.qkv
+        plain = type(qkv) is nn.Linear and not hasattr(qkv.weight, "__tensor_flatten__")
+        return plain and not qkv._forward_hooks and not qkv._forward_pre_hooks
 
     def _apart(
         self, x: Float[Tensor, "b t d"], first: int | None
