@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from pictures import folder
+from torch import Tensor
 
 from vitrail.core import ranks
 from vitrail.core.errors import UserError
-from vitrail.core.types import Batch, Preprocess, Sample, Source
+from vitrail.core.types import Batch, Labels, Preprocess, Sample, Source
 from vitrail.data.folders import read_folder
 from vitrail.data.loader import Order, PictureLoader, balanced
 from vitrail.data.transforms import Transform
@@ -256,3 +257,17 @@ def test_memory_does_not_grow_over_twenty_epochs(hold: bool) -> None:
     assert sum(1 for _ in batches) == 80
     # 20 epochs of pixels are 24 MB; Python's own pools move by less than one.
     assert resident() - before < 2 << 20
+
+
+def test_a_batch_goes_to_a_gpu_from_pinned_memory_and_to_a_cpu_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    batch = Batch(
+        (pixels,), Labels(torch.zeros(2, dtype=torch.int64)), torch.ones(2, dtype=torch.bool), torch.arange(2)
+    )
+    pinned: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: (pinned.append(tuple(self.shape)), self)[1])
+    assert batch.to(torch.device("cpu")).views[0] is pixels
+    assert pinned == []
+    monkeypatch.setattr(Tensor, "to", lambda self, device, non_blocking: self if non_blocking else None)
+    assert batch.to(torch.device("cuda")).views[0] is pixels
+    assert pinned == [(2, 3, 4, 4), (2,), (2,), (2,)]

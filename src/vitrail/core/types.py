@@ -116,7 +116,7 @@ class Labels:
     values: Int[Tensor, "b"] | Float[Tensor, "b k"]
 
     def to(self, device: torch.device) -> "Labels":
-        return Labels(self.values.to(device, non_blocking=True))
+        return Labels(_moved(self.values, device))
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,19 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(
-            tuple(view.to(device, non_blocking=True) for view in self.views),
+            tuple(_moved(view, device) for view in self.views),
             None if self.targets is None else self.targets.to(device),
-            self.valid.to(device, non_blocking=True),
-            self.index.to(device, non_blocking=True),
+            _moved(self.valid, device),
+            _moved(self.index, device),
         )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device. To a GPU only a copy from pinned memory runs beside the processor; any other waits for all steps that
+    the GPU has still to take."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
