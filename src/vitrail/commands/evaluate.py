@@ -77,7 +77,8 @@ def measured(settings: Settings) -> int:
     for note in (*notes, *suite.notes) if ranks.first() else ():
         console.print(Text(note))
     given = settings.checkpoint
-    batch = min(settings.batch, len(source))
+    # Shared by several processes it stays what was asked for, which they can share.
+    batch = min(settings.batch, len(source)) if ranks.count() == 1 else settings.batch
     of = given.asking(model, batch=batch, pictures=len(source), weights=settings.weights)
     loader = PictureLoader(
         source,
