@@ -3,12 +3,15 @@
 Training (bf16, compiled, fused optimiser, flash attention) and inference of ViT-B/16 and L/16, beside timm and
 transformers where they are installed, under the same compile settings; the share of the measured and of the nominal matrix
 rate; whether a step ever waits for the GPU; fp8 and int8 where torchao is installed. One JSON, written anew after each
-part, so that a part which fails or comes too late costs only itself.
+part, so that a part which fails or comes too late costs only itself, as does a peer that fails.
 
     python bench/gpu.py --rehearse      the whole way on a CPU, at tiny sizes, in about a minute
+
+Called again on the same machine and commit, it goes on with what failed or was left out for want of time.
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import sys
@@ -23,7 +26,7 @@ from torch import nn
 
 from vitrail.benchmark import inference, peers, record, training
 from vitrail.benchmark.alternation import alternate, ratio
-from vitrail.benchmark.machine import machine, matrix_products
+from vitrail.benchmark.machine import machine, matrix_products, waiting
 from vitrail.benchmark.subject import subject
 from vitrail.weights import zoo
 
@@ -43,9 +46,25 @@ class Sitting:
         self.device = torch.device("cpu" if settings.rehearse else "cuda")
         self.found: dict[str, Any] = {"rehearsal": settings.rehearse, "parts": {}, "failed": {}, "skipped": []}
         self.path: Path = settings.out / ("gpu-rehearsal.json" if settings.rehearse else "gpu.json")
+        self.found["parts"] = self.measured_before()
+
+    def measured_before(self) -> dict[str, Any]:
+        """The parts of an earlier call on this machine and commit."""
+        if self.settings.anew or not self.path.exists():
+            return {}
+        before, now = json.loads(self.path.read_text()), record.stamped("gpu", {})
+        same = before["commit"] == now["commit"]
+        same &= all(before["machine"][name] == now["machine"][name] for name in ("gpu", "torch"))
+        return before["parts"] if same else {}
+
+    def failed(self, name: str, error: Exception) -> None:
+        self.found["failed"][name] = [f"{type(error).__name__}: {error}", *traceback.format_exc().splitlines()[-6:]]
+        print(f"{name} FAILED", file=sys.stderr, flush=True)
 
     def part(self, name: str, work: Callable[[], Any], least: float) -> None:
         """Does it if `least` seconds are left; what goes wrong is written down and the rest goes on."""
+        if name in self.found["parts"]:
+            return
         left = 60 * self.settings.minutes - (time.monotonic() - self.begun)
         begun = time.monotonic()
         if left < least:
@@ -54,11 +73,10 @@ class Sitting:
             try:
                 self.found["parts"][name] = work()
             except Exception as error:
-                lines = traceback.format_exc().splitlines()
-                self.found["failed"][name] = [f"{type(error).__name__}: {error}", *lines[-6:]]
-        spent = time.monotonic() - begun
-        print(f"{name}: {spent:.0f} s{' FAILED' if name in self.found['failed'] else ''}", file=sys.stderr, flush=True)
+                self.failed(name, error)
+        print(f"{name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         torch.compiler.reset()
+        gc.collect()  # a step and its model know each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.write()
@@ -76,6 +94,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at tiny sizes")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None, help="torch.compile")
+    parser.add_argument("--anew", action="store_true", help="measure again what is there already")
+    parser.add_argument("--models", nargs="+", help="of ViT-B/16 and ViT-L/16")
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=9.0, help="no part begins that may need more than is left")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
@@ -90,14 +110,19 @@ def main() -> int:
         torch.set_float32_matmul_precision("high")
     sitting = Sitting(settings)
     models = {"ViT-Nano/16": (2, 32)} if small else {"ViT-B/16": (256, 224), "ViT-L/16": (128, 224)}
+    if unknown := set(settings.models or ()) - models.keys():
+        print(f"--models {unknown.pop()} is not known; give one or several of {', '.join(models)}.", file=sys.stderr)
+        return 2
+    models = {name: models[name] for name in settings.models or models}
     found = libraries()
     sitting.part("matrix", lambda: matrix(sitting), 0)
     for place, (name, (batch, side)) in enumerate(models.items()):
         given: Any = (sitting, name, batch, side)
         sides = 1 + len(found)
         sitting.part(f"no waiting {name}", lambda g=given: no_waiting(*g), needed(sitting, name, "training", 0))
-        sitting.part(f"training {name}", lambda g=given: train(*g), needed(sitting, name, "training", sides))
-        sitting.part(f"inference {name}", lambda g=given: infer(*g), needed(sitting, name, "inference", sides))
+        sitting.part(f"training {name}", lambda g=given: train(*g), needed(sitting, name, "training", sides + 1))
+        # Ours is compiled twice: for pixels, when its answers are compared, and for pictures.
+        sitting.part(f"inference {name}", lambda g=given: infer(*g), needed(sitting, name, "inference", sides + 1))
         if place == 0:  # of the smaller model: the larger one's parts may take what is left
             sitting.part("quantised", lambda g=given: quantised(*g), needed(sitting, name, "inference", 3))
     print(json.dumps({**sitting.found, "machine": machine()}, indent=1)[:6000])
@@ -124,9 +149,10 @@ def libraries() -> list[str]:
 
 
 def matrix(sitting: Sitting) -> dict[str, Any]:
-    """Measured products in each precision, on random data, and the nominal bf16 rate."""
+    """Measured products in each precision, on random data, and the nominal bf16 rate. What torch calls "high" is TF32."""
     products = matrix_products(sitting.device, ("fp32", "bf16", "int8"), 128 if sitting.settings.rehearse else 0)
-    rates = products.rates(alternate(products.sides, rounds=sitting.settings.rounds))
+    seconds = alternate(products.sides, rounds=sitting.settings.rounds, finish=waiting(sitting.device))
+    rates = {("tf32" if name == "fp32" else name): rate for name, rate in products.rates(seconds).items()}
     sitting.found["matrix"] = rates
     name = torch.cuda.get_device_name() if sitting.device.type == "cuda" else ""
     nominal = next((rate for kind, rate in NOMINAL.items() if kind in name), None)
@@ -134,20 +160,34 @@ def matrix(sitting: Sitting) -> dict[str, Any]:
 
 
 def train(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
-    """A step of each library in turns: model FLOPs utilisation and ratios to ours; peak memory."""
+    """A step of each library in turns: model FLOPs utilisation and ratios to ours; peak memory. "vitrail fresh" brings
+    each batch from the host, as the loop does."""
     compiled, device = sitting.settings.compiled, sitting.device
     sides, peaks = {}, {}
-    for library in ("vitrail", *libraries()):
+    for library in ("vitrail", "vitrail fresh", *libraries()):
         model = subject(name, side)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # what ran before, in other parts too, is not this side's
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        sides[library] = training.side(library, model, batch, device, "bf16", compile=compiled)
-        for _ in range(3):  # compiles, and finds the kernels
-            sides[library]()
+        try:
+            if library == "vitrail fresh":
+                given = training.batch_of(model.preprocess, batch, model.config.classes)
+                made = training.vitrail_step(model, given, device, "bf16", compile=compiled, fresh=True)
+            else:
+                made = training.side(library, model, batch, device, "bf16", compile=compiled)
+            for _ in range(3):  # compiles, and finds the kernels
+                made()
+        except Exception as error:
+            if library == "vitrail":
+                raise
+            sitting.failed(f"training {name}, {library}", error)
+            continue
+        sides[library] = made
         peaks[library] = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
     products = matrix_products(device, ("bf16",), 128 if sitting.settings.rehearse else 0)
-    seconds = alternate({**sides, **products.sides}, rounds=sitting.settings.rounds, shortest=0.2)
+    seconds = alternate(
+        {**sides, **products.sides}, rounds=sitting.settings.rounds, shortest=0.2, finish=waiting(device)
+    )
     flops, rate = training.flops(model, batch), products.rates(seconds)["bf16"]
     nominal = sitting.found["parts"].get("matrix", {}).get("nominal_bf16")
     return {
@@ -157,6 +197,7 @@ def train(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
         "sides": {library: shares(seconds[library], batch, flops, rate, nominal, peaks[library]) for library in sides},
         "ratios": {lib: vars(ratio(seconds[lib], seconds["vitrail"])) for lib in sides if lib != "vitrail"},
         "goal": GOAL,
+        "done_of_counted": training.done(model),
     }
 
 
@@ -202,7 +243,16 @@ def infer(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
     wanted = [one for one in wanted if "by-hand" not in one and "fp32" not in one]
     work = inference.Work(name, batch, side, torch.get_num_threads(), str(sitting.device))
     model = work.build()
-    sides = {one: inference.side(one, work, model, tuple(found))[0] for one in wanted}
+    sides = {}
+    for one in wanted:
+        try:
+            sides[one] = inference.side(one, work, model, tuple(found))[0]
+            sides[one]()
+        except Exception as error:
+            sides.pop(one, None)
+            sitting.failed(f"inference {name}, {one}", error)
+    if not any(one.startswith("vitrail") for one in sides):
+        raise RuntimeError("none of our own sides ran")
     products = matrix_products(sitting.device, ("bf16",), 128 if sitting.settings.rehearse else 0)
     seconds = alternate({**sides, **products.sides}, rounds=sitting.settings.rounds, shortest=0.2)
     rate = products.rates(seconds)["bf16"]
@@ -212,6 +262,7 @@ def infer(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
         "batch": batch,
         "sides": {one: shares(seconds[one], batch, flops, rate, None, None) for one in sides},
         "fastest_of_ours": ours,
+        "done_of_counted": training.done(model),
         "ratios": {one: vars(ratio(seconds[one], seconds[ours])) for one in sides if not one.startswith("vitrail")},
     }
 
@@ -237,7 +288,7 @@ def quantised(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, A
             ask = torch.compile(model) if sitting.settings.compiled else model
 
             def call(ask: Any = ask) -> torch.Tensor:
-                with torch.inference_mode():
+                with torch.no_grad():  # torchao's tensors know no inference mode
                     return ask(images).float().cpu()
 
             answers[kind] = call()

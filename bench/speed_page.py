@@ -284,7 +284,22 @@ def gpu(record: dict[str, Any]) -> list[str]:
             shown = "-" if nominal is None else f"{nominal:.0%}"
             rate = f"{line['pictures_a_second']:,.0f} | {line['utilisation_of_measured']:.0%}"
             rows.append(f"| {name}, {side} | {rate} | {shown} |")
-    wrong = "".join(f"- {name} failed: {lines[0]}\n" for name, lines in record["failed"].items())
+    said = []
+    for name, part in parts.items():
+        against = [f"{one} takes {found['value']:.2f} times as long" for one, found in part.get("ratios", {}).items()]
+        if "goal" in part:
+            against += [f"the goal is {part['goal']:.0%} of the measured rate"]
+        if "done_of_counted" in part:
+            against += [f"ours does {part['done_of_counted']:.1%} of the multiplications that are counted"]
+        if "checked" in part:
+            against += ["no step waits for the GPU" if part["checked"] else part["why"]]
+        if "relative_error" in part:
+            against += [f"{kind} {found['value']:.2f} times bf16" for kind, found in part["ratios_to_bf16"].items()]
+            against += [f"{kind} {error:.1%} off" for kind, error in part["relative_error"].items()]
+            against += [f"{kind} failed: {why}" for kind, why in part["missing"].items()]
+        said += [f"- {name}: {', '.join(against)}.\n"] if against else []
+    said += [f"- left out: {line}\n" for line in record["skipped"]]
+    wrong = "".join([*said, *(f"- {name} failed: {lines[0]}\n" for name, lines in record["failed"].items())])
     about = f"{record['machine']['gpu']}, torch {record['machine']['torch']}, {record['date']}.\n"
     return ["## On a GPU\n", f"    {OTHERS['gpu']}\n", about, "\n".join(rows) + "\n", wrong]
 

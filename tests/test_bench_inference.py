@@ -23,6 +23,10 @@ def test_the_sides_begin_with_the_reference():
     assert on_gpu == ["vitrail auto bf16"]
     with pytest.raises(UserError, match="--engines tensorrt"):
         inference.names(("tensorrt",), ("fp32",), (), **given)
+    with pytest.raises(UserError, match="none of --engines onnx has --precision bf16; give another"):
+        inference.names(("onnx",), ("bf16",), ("timm",), compiled=False, device="cpu")
+    with pytest.raises(UserError, match="none of --engines auto,eager has --precision int8 on cuda:0; give another"):
+        inference.names(("auto", "eager"), ("int8",), (), compiled=False, device="cuda:0")
 
 
 def test_engines_and_a_peer_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

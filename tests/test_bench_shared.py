@@ -14,6 +14,7 @@ from vitrail.analysis.figures import save
 from vitrail.analysis.figures_speed import growth, speeds
 from vitrail.benchmark import alternation, machine, peers, record
 from vitrail.benchmark.machine import Others, matrix_products, pinned
+from vitrail.benchmark.subject import subject
 from vitrail.core.device import cores
 from vitrail.core.errors import UserError
 from vitrail.weights import zoo
@@ -38,6 +39,20 @@ def test_quick_work_is_repeated_within_a_turn_and_told_once():
     alternation.alternate({"a": lambda: time.sleep(0.002)}, seconds=1.0, least=2, each=told.append, shortest=0.001)
     assert told == list(range(1, len(told) + 1))
     assert len(told) > 2
+
+
+def test_waiting_for_a_device_is_part_of_a_turn_once():
+    waited = []
+    sides = {"a": lambda: time.sleep(0.001)}
+    seconds = alternation.alternate(sides, rounds=1, shortest=0.05, finish=lambda: (waited.append(1), time.sleep(0.1)))
+    assert len(waited) == 3  # twice before the first round
+    assert seconds["a"][0] > 0.1  # a turn of one piece of work: 0.101 s is over the shortest already
+
+
+def test_what_is_measured_has_answers_of_its_own():
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    first, second = subject("ViT-Nano/16", 32).eval()(images)
+    assert (first - second).norm() > 0.1 * first.norm() > 0
 
 
 def test_ratio_is_of_medians_and_covers_the_truth():

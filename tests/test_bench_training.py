@@ -32,6 +32,28 @@ def test_a_step_trains_and_so_does_the_peers():
     training.peer_step("transformers", model, batch, CPU, "bf16")()
 
 
+def test_a_batch_from_the_host_trains_alike():
+    logits = []
+    for fresh in (False, True):
+        model = zoo.create("ViT-Nano/16", classes=10, image=(32, 32))
+        step = training.vitrail_step(model, training.batch_of(model.preprocess, 4, 10), CPU, "fp32", fresh=fresh)
+        step()
+        step()
+        with torch.no_grad():
+            logits.append(model.eval()(torch.ones(1, 3, 32, 32)))
+    assert logits[0].abs().max() > 0
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0)
+
+
+def test_the_share_that_is_done_is_what_the_last_block_leaves_out():
+    model = tiny().build()
+    config, tokens = model.config.backbone, 17
+    width, others = config.width, 17 - 1
+    # Of the other tokens no queries, no rows of the map, no output and no MLP.
+    left_out = others * (2 * width**2 + 2 * tokens * width + 2 * width * config.mlp)
+    assert training.done(model) == pytest.approx(1 - left_out / config.macs(), rel=1e-6)
+
+
 def test_the_footprints_parts_are_what_the_model_is():
     config = tiny()
     found = footprint(config, 4)

@@ -3,6 +3,7 @@
 python -m vitrail.benchmark.alone '{"kind": "inference", ...}'      prints one JSON object
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -31,10 +32,11 @@ def peak(what: dict[str, Any]) -> dict[str, int] | None:
 def main() -> int:
     import torch
 
-    from vitrail.benchmark import inference, training
+    from vitrail.benchmark import inference, peers, training
     from vitrail.benchmark.machine import pinned
     from vitrail.benchmark.subject import subject
     from vitrail.experiments.costs import resident
+    from vitrail.inference.graphs import import_openvino
 
     what = json.loads(sys.argv[1])
     device = torch.device(what["device"])
@@ -43,6 +45,12 @@ def main() -> int:
         small = subject("ViT-Nano/16", 32)
         for _ in range(2):
             training.vitrail_step(small, training.batch_of(small.preprocess, 1, 1000), torch.device("cpu"), "bf16")()
+        library = what["side"].split()[0]
+        if library.startswith(peers.PEERS):
+            peers.build(library, small.config.backbone, 1000)
+        elif what["kind"] == "inference":
+            with contextlib.suppress(UserError):
+                import_openvino()
         if what["kind"] == "inference":
             work = inference.Work(*(what[name] for name in ("model", "batch", "size", "threads", "device", "merge")))
             before = resident("VmRSS")

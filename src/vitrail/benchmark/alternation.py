@@ -32,6 +32,7 @@ def alternate(
     least: int = 5,
     each: Callable[[int], None] | None = None,
     shortest: float = SHORTEST,
+    finish: Callable[[], object] = lambda: None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of one piece of work of each side, a number a round; all sides have equally many.
@@ -40,18 +41,19 @@ def alternate(
     round done. The order of a round is drawn, and turned round in the next.
     shortest: seconds of a turn, within which quick work is repeated; for that each side works twice before the first
     round, unmeasured. 0: no such beginning, and each turn is one piece of work.
+    finish: the end of a turn, and part of it: waiting for a device, once, as who gives it work without looking would.
     """
     repeats = dict.fromkeys(sides, 1)
     for name, side in sides.items() if shortest else ():
-        side()
-        repeats[name] = max(1, round(shortest / max(_timed(side, 1), 1e-9)))
+        _timed(side, 1, finish)
+        repeats[name] = max(1, round(shortest / max(_timed(side, 1, finish), 1e-9)))
     taken: dict[str, list[float]] = {name: [] for name in sides}
     random, names = np.random.default_rng(seed), list(sides)
     end, done = time.monotonic() + seconds, 0
     while done < rounds if rounds else (done < least or time.monotonic() < end):
         names = [names[place] for place in random.permutation(len(names))] if done % 2 == 0 else names[::-1]
         for name in names:
-            taken[name].append(_timed(sides[name], repeats[name]))
+            taken[name].append(_timed(sides[name], repeats[name], finish))
         done += 1
         if each is not None:
             each(done)
@@ -71,8 +73,9 @@ def ratio(first: list[float], second: list[float], draws: int = 4000, seed: int 
     return Ratio(float(value), float(low), float(high))
 
 
-def _timed(side: Side, repeats: int) -> float:
+def _timed(side: Side, repeats: int, finish: Callable[[], object]) -> float:
     begun = time.perf_counter()
     for _ in range(repeats):
         side()
+    finish()
     return (time.perf_counter() - begun) / repeats

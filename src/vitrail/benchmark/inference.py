@@ -68,11 +68,17 @@ def names(
     for precision in precisions:
         for engine in engines:
             lacks = {"int8": ("eager", "compile", "onnx"), "bf16": ("onnx",), "fp32": ()}[precision]
-            if engine not in lacks and (device == "cpu" or engine in ("auto", "eager", "compile")):
+            able = engine in ("auto", "eager", "compile") and precision != "int8"
+            if engine not in lacks and (device == "cpu" or able):
                 found.append(f"vitrail {engine} {precision}")
         if device == "cpu" and by_hand.there() and precision != "fp32":
             found.append(f"openvino by-hand {precision}")
-    return found or ["vitrail eager fp32"]
+    if not any(one.startswith("vitrail") for one in found):
+        where = "" if device == "cpu" else f" on {device}"
+        raise UserError(
+            f"none of --engines {','.join(engines)} has --precision {','.join(precisions)}{where}; give another of either."
+        )
+    return found
 
 
 def side(name: str, work: Work, model: Classifier, against: tuple[str, ...] = ()) -> tuple[Side, str]:
@@ -90,10 +96,11 @@ def side(name: str, work: Work, model: Classifier, against: tuple[str, ...] = ()
     if how == "cast" or (how == "compile" and precision == "bf16"):
         theirs, images = theirs.bfloat16(), images.bfloat16()
     ask = torch.compile(theirs) if how == "compile" else theirs
+    mode = torch.no_grad if how == "compile" else torch.inference_mode
     assert size == (images.shape[2], images.shape[3])
 
     def call() -> Tensor:
-        with torch.inference_mode(), autocast(device, "bf16" if how == "autocast" else "fp32"):
+        with mode(), autocast(device, "bf16" if how == "autocast" else "fp32"):
             return ask(images).float().cpu()
 
     return call, ""

@@ -4,9 +4,10 @@ products reach, which bounds every model."""
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def matrix_products(device: torch.device, precisions: tuple[str, ...], edge: int
         side = _product(length, precision, device)
         try:
             side()
-            while length < most and _seconds(side) < LONGEST / 8:  # twice the edge, eight times the work
+            while length < most and _seconds(side, device) < LONGEST / 8:  # twice the edge, eight times the work
                 length *= 2
                 side = _product(length, precision, device)
                 side()
@@ -138,9 +139,16 @@ def matrix_products(device: torch.device, precisions: tuple[str, ...], edge: int
     return made
 
 
-def _seconds(side: Side) -> float:
+def waiting(device: torch.device) -> Callable[[], None]:
+    """What ends a turn (`alternation.alternate`): waiting for a GPU's work, of a CPU nothing."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+
+
+def _seconds(side: Side, device: torch.device) -> float:
+    waiting(device)()
     begun = time.perf_counter()
     side()
+    waiting(device)()
     return time.perf_counter() - begun
 
 
@@ -151,14 +159,9 @@ def _product(edge: int, precision: str, device: torch.device) -> Side:
         first, second = ((each * 40).clamp(-127, 127).to(torch.int8).to(device) for each in pair)
     else:
         first, second = (each.to(device, torch.bfloat16 if precision == "bf16" else torch.float32) for each in pair)
-    multiply: Any = torch._int_mm if precision == "int8" else torch.mm
-
-    def side() -> None:
-        multiply(first, second)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return side
+    if precision == "int8" and device.type == "cuda":
+        second = second.T.contiguous().T  # the layout that its integer kernels are made for
+    return partial(torch._int_mm if precision == "int8" else torch.mm, first, second)
 
 
 def _bind(chosen: list[int]) -> None:

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from vitrail.core.errors import UserError
 from vitrail.models.classifier import Classifier, replace_head
 from vitrail.weights import zoo
@@ -14,15 +17,24 @@ CLASSES = 1000
 def subject(name: str, size: int = 0) -> Classifier:
     """A name of `vitrail models`, a checkpoint's path or an id; for square pictures of `size` pixels, or its own.
 
-    What has no head is given one of CLASSES classes: its time and memory do not depend on its numbers. Raises UserError.
+    What has no head is given one of CLASSES classes, of random numbers: of a new head's zeros any two engines would have
+    the same answers. Raises UserError.
     """
     image = (size, size) if size else None
     if size < 0:
         raise UserError(f"--size is {size}; give a side in pixels.")
     if Path(name).exists() or ":" in name or Path(name).suffix:
         model = load_any(name, image=image)
-        return model if isinstance(model, Classifier) else replace_head(model, CLASSES)
-    return zoo.create(name, classes=CLASSES, image=image)
+        return model if isinstance(model, Classifier) else _answering(replace_head(model, CLASSES))
+    return _answering(zoo.create(name, classes=CLASSES, image=image))
+
+
+def _answering(model: Classifier) -> Classifier:
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.head.named_parameters():
+        if name == "output.weight":
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+    return model
 
 
 def called(name: str) -> str:

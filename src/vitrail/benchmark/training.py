@@ -4,11 +4,13 @@ Ours is the training loop's own step, with all that it does beside (seeds, the l
 what one would write by hand with each library's model. Same size, same optimiser (fused), same precision.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.benchmark import peers
 from vitrail.benchmark.alternation import Side
@@ -41,10 +43,12 @@ def vitrail_step(
     compile: bool = False,
     accumulate: int = 1,
     optimiser: Optimiser = OPTIMISER,
+    fresh: bool = False,
 ) -> Side:
-    """One step of the training loop on `model`, which it changes, with the batch already on the device."""
+    """One step of the training loop on `model`, which it changes. The batch lies on the device, or comes from the host
+    anew each time (fresh), as the loop has it."""
     classes, preprocess = model.config.classes, model.preprocess
-    batch = batch.to(device)
+    batch = batch if fresh else batch.to(device)
     run = _Run(
         model,
         lambda shared: Supervised(shared, classes, preprocess, Augmentation()),
@@ -59,7 +63,7 @@ def vitrail_step(
     run.model.train()
 
     def step() -> None:
-        run._update(batch)
+        run._update(batch.to(device) if fresh else batch)
         run.step += 1
 
     return step
@@ -108,30 +112,25 @@ def side(
     compile: bool = False,
     accumulate: int = 1,
 ) -> Side:
-    """A step of "vitrail" or of a peer on a batch of noise, waiting for the device at its end."""
+    """A step of "vitrail" or of a peer on a batch of noise; on a GPU it may still run when it returns."""
     given = batch_of(model.preprocess, batch, model.config.classes)
     if library == "vitrail":
-        made = vitrail_step(model, given, device, precision, compile=compile, accumulate=accumulate)
-    else:
-        made = peer_step(library, model, given, device, precision, compile=compile)
-    return finished(made, device)
-
-
-def finished(step: Side, device: torch.device) -> Side:
-    """`step`, waiting for the device at its end."""
-    if device.type != "cuda":
-        return step
-
-    def waiting() -> None:
-        step()
-        torch.cuda.synchronize(device)
-
-    return waiting
+        return vitrail_step(model, given, device, precision, compile=compile, accumulate=accumulate)
+    return peer_step(library, model, given, device, precision, compile=compile)
 
 
 def flops(model: Classifier, batch: int) -> float:
     """Of a step, by the usual count: the backward pass is twice the forward pass, an addition counts as one."""
     return 6.0 * model.config.backbone.macs() * batch
+
+
+def done(model: Classifier) -> float:
+    """The share of that count that our model does: its last block computes only what is pooled."""
+    twin = copy.deepcopy(model).to("meta").eval()
+    images = torch.empty(1, twin.preprocess.channels, *twin.preprocess.size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin.pool(twin.to_pool(images))
+    return counter.get_total_flops() / (2.0 * model.config.backbone.macs())
 
 
 class _Again:

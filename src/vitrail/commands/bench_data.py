@@ -265,7 +265,8 @@ def training(source: Any, settings: Settings, side: str, rates: dict[str, float]
     waits: the share of its time that a training would wait for pictures, in [0, 1). Where it trains on the processor, the
     cores that prepare pictures do not train meanwhile: there `waits` is the share of the cores' time that input takes.
     """
-    from vitrail.benchmark.training import batch_of, finished, vitrail_step
+    from vitrail.benchmark.machine import waiting
+    from vitrail.benchmark.training import batch_of, vitrail_step
     from vitrail.core.device import cores, pick_device
     from vitrail.weights import zoo
 
@@ -274,14 +275,16 @@ def training(source: Any, settings: Settings, side: str, rates: dict[str, float]
         device
     )
     made = batch_of(model.preprocess, batch, model.config.classes)
-    step = finished(vitrail_step(model, made, device, settings.precision), device)
+    step, finish = vitrail_step(model, made, device, settings.precision), waiting(device)
     taken: list[float] = []
     end = time.monotonic() + settings.seconds
     for _ in range(2):
         step()  # the first allocates the optimiser's state
+    finish()
     while time.monotonic() < end or len(taken) < 3:
         begun = time.perf_counter()
         step()
+        finish()
         taken.append(time.perf_counter() - begun)
     steps, workers = batch / float(np.median(taken)), cores() if settings.workers is None else settings.workers
     fed = loader_rate(source, settings, workers, rates[side])

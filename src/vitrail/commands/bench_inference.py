@@ -106,7 +106,7 @@ def carry_out(verb: str, settings: Any, sides: list[str], build: Callable[[int, 
     import torch
 
     from vitrail.benchmark import alone, record
-    from vitrail.benchmark.machine import Others, matrix_products, pinned
+    from vitrail.benchmark.machine import Others, matrix_products, pinned, waiting
 
     err, out = Console(stderr=True, soft_wrap=True), Console(highlight=False)
     precisions = {side: side.split()[-1] for side in sides}
@@ -119,7 +119,7 @@ def carry_out(verb: str, settings: Any, sides: list[str], build: Callable[[int, 
                 kinds = tuple(dict.fromkeys(precisions.values()))
                 products = matrix_products(torch.device(device), kinds)
                 others = Others()
-                seconds = turns({**made, **products.sides}, settings.seconds, err)
+                seconds = turns({**made, **products.sides}, settings.seconds, err, waiting(torch.device(device)))
                 quiet = others.result()
                 rates = products.rates(seconds)
                 del made
@@ -150,7 +150,9 @@ def carry_out(verb: str, settings: Any, sides: list[str], build: Callable[[int, 
     return 0
 
 
-def turns(sides: dict[str, Any], seconds: float, console: Console) -> dict[str, list[float]]:
+def turns(
+    sides: dict[str, Any], seconds: float, console: Console, finish: Callable[[], None]
+) -> dict[str, list[float]]:
     """`alternate` with the number of rounds on a terminal."""
     with console.status("warming up") as status:
-        return alternate(sides, seconds=seconds, each=lambda done: status.update(f"round {done}"))
+        return alternate(sides, seconds=seconds, finish=finish, each=lambda done: status.update(f"round {done}"))
