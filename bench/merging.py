@@ -189,7 +189,7 @@ def pixels(source: Source, backbone: ViT, count: int) -> Tensor:
 
 def tokens_left(backbone: ViT, given: str) -> int:
     how, left = Merging.of(given), backbone.config.tokens() - backbone.config.prefixes
-    for layer in range(backbone.depth):
+    for layer in range(backbone.depth - 1):  # in the last block the class token is computed alone
         left -= how.at(layer, left)
     return left + backbone.config.prefixes
 
