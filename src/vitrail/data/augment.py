@@ -60,8 +60,11 @@ class Augmentation:
 
 
 def flip(pixels: UInt8[Tensor, "b c h w"], rng: Rng) -> UInt8[Tensor, "b c h w"]:
-    flipped = _to(rng.random(pixels.shape[0]) < 0.5, pixels)
-    return torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+    flipped = rng.random(pixels.shape[0]) < 0.5
+    if pixels.device.type == "cpu":
+        # `where` goes number by number there: 0.13 ms a picture of 224 pixels, a tenth of its decoding, for 0.007.
+        return torch.stack([each.flip(-1) if turned else each for each, turned in zip(pixels, flipped, strict=True)])
+    return torch.where(_to(flipped, pixels)[:, None, None, None], pixels.flip(-1), pixels)
 
 
 def shift(pixels: UInt8[Tensor, "b c h w"], most: int, rng: Rng) -> UInt8[Tensor, "b c h w"]:
