@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from vitrail.core.types import Preprocess
-from vitrail.data import jpeg
+from vitrail.data import decode, jpeg
 from vitrail.data.decode import UnreadablePicture, opened
-from vitrail.data.jpeg import first_rows
+from vitrail.data.jpeg import first_rows, header
 from vitrail.data.transforms import Transform
 
 KINDS = {
@@ -77,6 +77,63 @@ def test_what_is_not_plain_is_left_to_pillow() -> None:
     with opened(stored(pixels(), exif=turned)) as file:
         assert file.size == (157, 203)
         assert file.crop((0.0, 0.0, 10.0, 10.0), 3, (30, 40)) is None  # Pillow gives it at half size
+
+
+def exif(**tags: int) -> bytes:
+    made = Image.Exif()
+    for name, value in tags.items():
+        made[{"orientation": 0x0112, "width": 0x0100}[name]] = value
+    return made.tobytes()
+
+
+SWAPPED = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0%c\0\0\0\0\0\0\0"
+"""EXIF with an orientation alone, in Intel's order of bytes."""
+
+
+@pytest.mark.parametrize(
+    ("said", "plain", "turned"),
+    [
+        ({}, True, 1),
+        ({"exif": exif(width=7)}, True, 1),
+        ({"exif": exif(orientation=1, width=7)}, True, 1),
+        ({"exif": exif(orientation=6)}, False, 6),
+        ({"exif": SWAPPED % 1}, True, 1),
+        ({"exif": SWAPPED % 8}, False, 8),
+        ({"exif": exif(width=0x0112)}, False, 1),  # no orientation, but its tag's two bytes: left to Pillow
+        ({"xmp": b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"}, False, 1),
+    ],
+)
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_header_says_what_pillow_says(said: dict[str, bytes], plain: bool, turned: int, grey: bool) -> None:
+    picture = pixels()[:, :, 0] if grey else pixels()
+    data = stored(picture, **said)
+    found, pillow = header(data), Image.open(BytesIO(data))
+    assert found is not None
+    assert (found.size, found.components) == (pillow.size[::-1], len(pillow.getbands()))
+    assert found.plain == plain
+    assert pillow.getexif().get(0x0112, 1) == turned
+    with opened(data) as file:
+        assert file.size == (pillow.size if turned >= 5 else pillow.size[::-1])
+        whole = np.asarray(file.pixels(3)[0])
+    transform = Transform(Preprocess((48, 48)), "inception")
+    assert np.array_equal(transform(data, np.random.default_rng(0)), transform(whole, np.random.default_rng(0)))
+
+
+def test_pillow_is_not_asked_for_a_crop_of_a_plain_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*given: object) -> None:
+        raise AssertionError("Pillow was asked")
+
+    monkeypatch.setattr(decode, "_identified", asked)
+    transform = Transform(Preprocess((48, 48)), "inception")
+    assert transform(stored(pixels()), np.random.default_rng(0)).shape == (3, 48, 48)
+    with pytest.raises(UnreadablePicture, match="Pillow was asked"):
+        transform(stored(pixels(), exif=exif(orientation=6)), np.random.default_rng(0))
+
+
+def test_a_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 203 * 157 - 1)
+    with pytest.raises(UnreadablePicture, match=r"157 x 203 pixels, more than the 31,870"):
+        Transform(Preprocess((48, 48)))(stored(pixels()), None)
 
 
 def test_a_cut_file_is_noticed_wherever_the_crop_lies() -> None:

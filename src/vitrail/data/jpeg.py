@@ -7,6 +7,7 @@ wheels needs 3/4 of the time of Pillow's for the same pixels; where the package 
 """
 
 import importlib
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,17 +17,61 @@ from jaxtyping import UInt8
 SEQUENTIAL = (0xC0, 0xC1)
 OTHERS = (0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 START_OF_SCAN, END = 0xDA, b"\xff\xd9"
+UPRIGHT = (bytes.fromhex("0112 0003 00000001 0001"), bytes.fromhex("1201 0300 01000000 0100"))
+"""EXIF's entry for an orientation (its tag comes first) that says upright, in either order of bytes (EXIF 2.32, 4.6.2)."""
 
 
-def first_rows(data: bytes, rows: int) -> UInt8[np.ndarray, "h w 3"] | None:
+@dataclass(frozen=True)
+class Header:
+    """What stands before a JPEG's pixels, of one whose only scan holds all components from top to bottom.
+
+    size: (height, width) as stored. components: 1 of a grey, 3 of a colour picture. frame: where in the file the height
+    stands. block: the rows that are coded together. plain: that nothing says how to turn it, or that it is one of several.
+    """
+
+    size: tuple[int, int]
+    components: int
+    frame: int
+    block: int
+    plain: bool
+
+
+def header(data: bytes) -> Header | None:
+    """Of a file, or of its beginning. None where there is any doubt, or no such scan."""
+    at, frame, components, block, plain = 2, 0, 0, 0, True
+    while at + 9 < len(data) and data[at] == 0xFF:
+        kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if kind == START_OF_SCAN:
+            if not frame or data[at + 4] != components:
+                return None
+            height, width = (int.from_bytes(data[place : place + 2], "big") for place in (frame, frame + 2))
+            return Header((height, width), components, frame, block, plain and data[frame - 1] == 8)
+        if kind in SEQUENTIAL:
+            frame, components = at + 5, data[at + 9]
+            factors = [data[place] & 15 for place in range(at + 11, min(at + 10 + 3 * components, len(data)), 3)]
+            block = 8 * max(factors, default=0)
+        if kind in OTHERS or length < 2 or (frame and not block):
+            return None
+        said = data[at + 4 : at + 2 + length]
+        if kind == 0xE1:  # EXIF, or XMP, which may turn it too
+            for upright in UPRIGHT:
+                said = said.replace(upright, b"")
+            plain &= said.startswith(b"Exif\0\0") and not any(upright[:2] in said for upright in UPRIGHT)
+        plain &= not said.startswith(b"MPF\0")
+        at += 2 + length
+    return None
+
+
+def first_rows(data: bytes, rows: int, known: Header | None = None) -> UInt8[np.ndarray, "h w 3"] | None:
     """RGB pixels of a grey or colour JPEG, at least the first `rows` rows of them; what is behind is not looked at.
 
+    known: its header, where that was read already.
     None where there is any doubt: the file is damaged or cut, or simplejpeg is not installed. Pillow is to judge then.
     """
     decoder = _decoder()
     if decoder is None:
         return None
-    lower = _lowered(data, rows)
+    lower = _lowered(data, rows, known or header(data))
     try:
         # That data follow the last row is a warning of libjpeg's, which must be no error then.
         pixels: np.ndarray = decoder.decode_jpeg(data if lower is None else lower, strict=lower is None)
@@ -43,31 +88,19 @@ def _decoder() -> Any:
         return None
 
 
-def _lowered(data: bytes, rows: int) -> bytearray | None:
+def _lowered(data: bytes, rows: int, known: Header | None) -> bytearray | None:
     """The file with a smaller height, a whole number of blocks; None where that is not possible or saves nothing.
 
-    Only where one scan holds all components from top to bottom, and the file is not cut (libjpeg would not say so).
+    Only where its `header` is known, and the file is not cut (libjpeg would not say so).
     """
     if not data.endswith(END):
         return None
-    at, frame, components, block = 2, 0, 0, 0
-    while at + 9 < len(data) and data[at] == 0xFF:
-        kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if kind == START_OF_SCAN:
-            if not frame or data[at + 4] != components:
-                return None
-            # Where colours are stored at half the height, the last row leans on those of the next block.
-            low = -(-(rows + 2) // block) * block
-            if low >= int.from_bytes(data[frame : frame + 2], "big"):
-                return None
-            lower = bytearray(data)
-            lower[frame : frame + 2] = low.to_bytes(2, "big")
-            return lower
-        if kind in SEQUENTIAL:
-            frame, components = at + 5, data[at + 9]
-            factors = [data[place] & 15 for place in range(at + 11, min(at + 10 + 3 * components, len(data)), 3)]
-            block = 8 * max(factors, default=0)
-        if kind in OTHERS or length < 2 or (frame and not block):
-            return None
-        at += 2 + length
-    return None
+    if known is None:
+        return None
+    # Where colours are stored at half the height, the last row leans on those of the next block.
+    low = -(-(rows + 2) // known.block) * known.block
+    if low >= known.size[0]:
+        return None
+    lower = bytearray(data)
+    lower[known.frame : known.frame + 2] = low.to_bytes(2, "big")
+    return lower
