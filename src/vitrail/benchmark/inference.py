@@ -20,7 +20,8 @@ from vitrail.models.vit import merge_tokens
 ENGINES = ("auto", "eager", "compile", "openvino", "onnx")
 PRECISIONS = ("fp32", "bf16", "int8")
 CALIBRATION = 16
-"""Pictures of noise that int8 is calibrated on here: no speed depends on them, only accuracy, which is not measured."""
+"""Pictures of the embedded sample that int8 is calibrated on here, as are those by which engines are compared before they
+are used. No speed depends on them, and no accuracy is measured."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,10 @@ def _ours(engine: str, precision: str, work: Work, model: Classifier, images: Te
     given = {"batch": work.batch, "size": size, "device": work.device, "threads": work.threads}
     quantised = None
     if precision == "int8":
+        from vitrail.inference.agreement import sample_pictures
         from vitrail.inference.quantise import quantise
 
-        generator = torch.Generator().manual_seed(1)
-        shape = (1, model.preprocess.channels, *size)
-        noise = (torch.randint(0, 256, shape, generator=generator).to(torch.uint8) for _ in range(CALIBRATION))
-        quantised = quantise(model, noise, size=size)
+        quantised = quantise(model, [sample_pictures(model.preprocess, CALIBRATION, size)], size=size)
     made: engines.Engine
     if engine == "auto":
         # Measured anew at each benchmark: what was remembered of another day proves nothing.
