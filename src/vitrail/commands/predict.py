@@ -238,7 +238,8 @@ def as_begun(given: Checkpoint, out: Path) -> Checkpoint:
     before = recorded(out)
     engine = next((known for known in get_args(EngineName) if known == before.get("engine")), None)
     precision = next((known for known in get_args(EnginePrecision) if known == before.get("precision")), None)
-    if engine is None or precision is None or before.get("asked") != given.precision:
+    asked = before.get("asked", precision)  # earlier versions do not say
+    if engine is None or precision is None or asked != given.precision:
         return given
     return replace(given, engine=engine, precision=precision)
 
