@@ -147,8 +147,9 @@ def test_a_merged_model_can_be_trained() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_what_is_merged_how_and_in_which_block() -> None:
-    """Block by block: by the tokens' own likeness after attention, in block 1, of which one is kept, looked at once."""
+@pytest.mark.parametrize(("words", "keep"), [("", "mean"), (",keep=one", "one")])
+def test_what_is_merged_how_and_in_which_block(words: str, keep: str) -> None:
+    """Block by block: by the tokens' own likeness after attention, in block 1 alone, looked at once."""
     model, images = backbone(), torch.randn(2, 3, 20, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         tokens = model.tokenize(images)
@@ -156,10 +157,10 @@ def test_what_is_merged_how_and_in_which_block() -> None:
         for layer, block in enumerate(model.encoder.blocks):
             x = block.add_attended(x, block.attention(block.attention_norm(x)))  # type: ignore[operator, union-attr]
             if layer == 1:
-                rows = [numpy_step(row, row[None], np.ones(len(row)), prefixes, 4, "one") for row in x.double().numpy()]
+                rows = [numpy_step(row, row[None], np.ones(len(row)), prefixes, 4, keep) for row in x.double().numpy()]
                 x = torch.from_numpy(np.array([found for found, _, _ in rows])).float()
             x = block.add_transformed(x, block.mlp(block.mlp_norm(x)))  # type: ignore[operator, union-attr]
-        model.merge = "4,blocks=1,by=tokens,keep=one,attention=plain"
+        model.merge = f"4,blocks=1,by=tokens{words},attention=plain"
         kept = model.features(images, keep=(0, 2)).layers
         model.merge = 0
         torch.testing.assert_close(kept[0].tokens, model.features(images, keep=(0,)).layers[0].tokens)

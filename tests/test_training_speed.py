@@ -106,7 +106,7 @@ def test_quantised_weights_are_never_cut() -> None:
 
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            assert func is torch.nn.functional.linear or "chunk" not in func.__name__, func
+            assert "chunk" not in func.__name__
             return super().__torch_function__(func, types, args, kwargs or {})
 
     model, images = model_of(0).eval(), torch.randn(2, 3, 32, 32)
