@@ -32,7 +32,7 @@ from vitrail.core import ranks
 from vitrail.core.device import Precision, cores
 from vitrail.core.errors import UserError
 from vitrail.core.runs import write_whole
-from vitrail.core.types import Features, Preprocess, Source
+from vitrail.core.types import Preprocess, Source
 from vitrail.core.values import to_json
 from vitrail.data.loader import Order, PictureLoader
 from vitrail.data.sources import subset
@@ -94,30 +94,18 @@ def reader(model: Model, reading: Reading = "planned") -> Callable[[Tensor], Ten
     check(model, reading)
     backbone = model.backbone if isinstance(model, Classifier) else model
     own = resolved(model, reading)
-
-    head = model if isinstance(model, Classifier) and reading in ("planned", "pre-logits") else None
-
-    def tokens(images: Tensor) -> Features:
-        if head is not None:
-            return head.to_pool(images)
-        # Who reads the class token alone does not wait for the last block's other tokens.
-        return (
-            backbone.prefix_features(images)
-            if own == "class" and isinstance(backbone, ViT)
-            else backbone.features(images)
-        )
-
-    def pool(features: Features) -> Tensor:
-        if head is not None:
-            pooled = head.pool(features)
-            pooled = pooled if head.pool_norm is None else head.pool_norm(pooled)
-            hidden = getattr(head.head, "hidden", None)
-            return pooled if hidden is None else hidden(pooled).tanh()
-        parts = [features.prefix[:, 0]] if own.startswith("class") else []
-        return torch.cat([*parts, features.tokens.mean(1)] if own.endswith("mean") else parts, 1)
+    classifier = model if isinstance(model, Classifier) and reading in ("planned", "pre-logits") else None
 
     def read(images: Shaped[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        return pool(tokens(backbone.preprocess.normalize(images) if images.dtype == torch.uint8 else images))
+        pixels = backbone.preprocess.normalize(images) if images.dtype == torch.uint8 else images
+        if classifier is not None:
+            pooled, hidden = classifier.pooled(pixels), getattr(classifier.head, "hidden", None)
+            return pooled if hidden is None else hidden(pooled).tanh()
+        if own == "class" and isinstance(backbone, ViT):
+            return backbone.prefix_features(pixels).prefix[:, 0]  # without the last block's other tokens
+        features = backbone.features(pixels)
+        parts = [features.prefix[:, 0]] if own == "class-mean" else []
+        return torch.cat([*parts, features.tokens.mean(1)], 1)
 
     return read
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from vitrail.core.errors import UserError
-from vitrail.core.types import Features, Preprocess
+from vitrail.core.types import Preprocess
 from vitrail.layers.heads import (
     AttentionPool,
     ClassMeanPool,
@@ -145,16 +145,17 @@ class Classifier(nn.Module):
             images = self.preprocess.normalize(images)
         elif not images.is_floating_point():
             raise UserError(f"pictures must be uint8 pixels or normalised floating numbers, not {images.dtype}")
-        pooled = self.pool(self.to_pool(images))
-        return self.head(pooled if self.pool_norm is None else self.pool_norm(pooled))
+        return self.head(self.pooled(images))
 
-    def to_pool(self, images: Float[Tensor, "b c h w"]) -> Features:
-        """Normalised pictures to the backbone's features, as far as the pool reads them."""
+    def pooled(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        """Normalised pictures to what the head stands on; of the backbone only what the pool reads is computed."""
         backbone = self.backbone
-        of_prefix = isinstance(self.pool, (ClassTokenPool, PrefixPool))
-        return (
-            backbone.prefix_features(images) if of_prefix and isinstance(backbone, ViT) else backbone.features(images)
-        )
+        if isinstance(backbone, ViT) and isinstance(self.pool, (ClassTokenPool, PrefixPool)):
+            features = backbone.prefix_features(images)
+        else:
+            features = backbone.features(images)
+        pooled = self.pool(features)
+        return pooled if self.pool_norm is None else self.pool_norm(pooled)
 
     def layer_of(self, parameter: str) -> int:
         """As the backbone's; pool and head come after the last block."""
