@@ -208,8 +208,8 @@ def opened(picture: Picture, name: str = "") -> Iterator[Opened]:
             head = file.read(HEAD)
             if not head:
                 raise UnreadablePicture(f"{name} cannot be read: it is empty (0 bytes); replace it or take it out.")
-            known = header(head) if head.startswith(b"\xff\xd8") else None
-            if known is not None and known.plain and known.components in (1, 3) and 0 not in known.size:
+            known = header(head)
+            if known is not None and known.plain:
                 _refuse_bomb(known.size[1], known.size[0], name)
                 given, orientation, size = known, 1, known.size
             else:
@@ -224,19 +224,18 @@ def opened(picture: Picture, name: str = "") -> Iterator[Opened]:
 
 
 def _identified(file: BufferedReader | BytesIO, name: str) -> Image.Image:
-    """Raises UnreadablePicture."""
+    """By Pillow. Raises UnreadablePicture where it knows no such format, and what its readers raise."""
     file.seek(0)
     head = file.read(16)
     file.seek(0)
     if head[4:8] == b"ftyp":
         _register_heif()
-    with _reading(name):
-        try:
-            return Image.open(file, formats=_formats())
-        except UnidentifiedImageError as error:
-            raise UnreadablePicture(
-                f"{name} is no picture of a format known here: it begins with {head!r}; replace it or take it out."
-            ) from error
+    try:
+        return Image.open(file, formats=_formats())
+    except UnidentifiedImageError as error:
+        raise UnreadablePicture(
+            f"{name} is no picture of a format known here: it begins with {head!r}; replace it or take it out."
+        ) from error
 
 
 def _refuse_bomb(width: int, height: int, name: str) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 SEQUENTIAL = (0xC0, 0xC1)
 OTHERS = (0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
-START_OF_SCAN, END = 0xDA, b"\xff\xd9"
+START_OF_SCAN, BEGIN, END = 0xDA, b"\xff\xd8", b"\xff\xd9"
 UPRIGHT = (bytes.fromhex("0112 0003 00000001 0001"), bytes.fromhex("1201 0300 01000000 0100"))
 """EXIF's entry for an orientation (its tag comes first) that says upright, in either order of bytes (EXIF 2.32, 4.6.2)."""
 
@@ -26,7 +26,8 @@ class Header:
     """What stands before a JPEG's pixels, of one whose only scan holds all components from top to bottom.
 
     size: (height, width) as stored. components: 1 of a grey, 3 of a colour picture. frame: where in the file the height
-    stands. block: the rows that are coded together. plain: that nothing says how to turn it, or that it is one of several.
+    stands. block: the rows that are coded together. plain: a picture of 8-bit grey or colour, alone in its file and, as far
+    as the file says, upright.
     """
 
     size: tuple[int, int]
@@ -38,6 +39,8 @@ class Header:
 
 def header(data: bytes) -> Header | None:
     """Of a file, or of its beginning. None where there is any doubt, or no such scan."""
+    if not data.startswith(BEGIN):
+        return None
     at, frame, components, block, plain = 2, 0, 0, 0, True
     while at + 9 < len(data) and data[at] == 0xFF:
         kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
@@ -45,7 +48,8 @@ def header(data: bytes) -> Header | None:
             if not frame or data[at + 4] != components:
                 return None
             height, width = (int.from_bytes(data[place : place + 2], "big") for place in (frame, frame + 2))
-            return Header((height, width), components, frame, block, plain and data[frame - 1] == 8)
+            plain &= data[frame - 1] == 8 and components in (1, 3) and height > 0 and width > 0
+            return Header((height, width), components, frame, block, plain)
         if kind in SEQUENTIAL:
             frame, components = at + 5, data[at + 9]
             factors = [data[place] & 15 for place in range(at + 11, min(at + 10 + 3 * components, len(data)), 3)]
