@@ -61,10 +61,9 @@ class Merging:
     @property
     def said(self) -> int | str:
         """What `of` takes: a number where that says all."""
-        words = ["blocks=" + "+".join(map(str, self.blocks))] * bool(self.blocks) + ["by=tokens"] * (
-            self.by == "tokens"
-        )
-        words += ["keep=one"] * (self.keep == "one") + ["attention=plain"] * (not self.proportional)
+        words = ["blocks=" + "+".join(map(str, self.blocks))] * bool(self.blocks)
+        words += ["by=tokens"] * (self.by == "tokens") + ["keep=one"] * (self.keep == "one")
+        words += ["attention=plain"] * (not self.proportional)
         return ",".join([str(self.count), *words]) if self and words else self.count
 
     def at(self, block: int, patches: int) -> int:
