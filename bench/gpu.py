@@ -44,9 +44,9 @@ class Sitting:
         self.settings = settings
         self.begun = time.monotonic()
         self.device = torch.device("cpu" if settings.rehearse else "cuda")
-        self.found: dict[str, Any] = {"rehearsal": settings.rehearse, "parts": {}, "failed": {}, "skipped": []}
         self.path: Path = settings.out / ("gpu-rehearsal.json" if settings.rehearse else "gpu.json")
-        self.found["parts"] = self.measured_before()
+        self.found: dict[str, Any] = {"rehearsal": settings.rehearse, "parts": self.measured_before()}
+        self.found |= {"failed": {}, "skipped": []}
 
     def measured_before(self) -> dict[str, Any]:
         """The parts of an earlier call on this machine and commit."""
@@ -170,11 +170,8 @@ def train(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()  # what ran before, in other parts too, is not this side's
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         try:
-            if library == "vitrail fresh":
-                given = training.batch_of(model.preprocess, batch, model.config.classes)
-                made = training.vitrail_step(model, given, device, "bf16", compile=compiled, fresh=True)
-            else:
-                made = training.side(library, model, batch, device, "bf16", compile=compiled)
+            who, fresh = library.split()[0], library.endswith(" fresh")
+            made = training.side(who, model, batch, device, "bf16", compile=compiled, fresh=fresh)
             for _ in range(3):  # compiles, and finds the kernels
                 made()
         except Exception as error:
@@ -254,7 +251,10 @@ def infer(sitting: Sitting, name: str, batch: int, side: int) -> dict[str, Any]:
     if not any(one.startswith("vitrail") for one in sides):
         raise RuntimeError("none of our own sides ran")
     products = matrix_products(sitting.device, ("bf16",), 128 if sitting.settings.rehearse else 0)
-    seconds = alternate({**sides, **products.sides}, rounds=sitting.settings.rounds, shortest=0.2)
+    # The sides' answers are on the host already, the products are not.
+    seconds = alternate(
+        {**sides, **products.sides}, rounds=sitting.settings.rounds, shortest=0.2, finish=waiting(sitting.device)
+    )
     rate = products.rates(seconds)["bf16"]
     flops = 2.0 * model.config.backbone.macs() * batch
     ours = min((one for one in sides if one.startswith("vitrail")), key=lambda one: sum(seconds[one]))

@@ -111,11 +111,12 @@ def side(
     *,
     compile: bool = False,
     accumulate: int = 1,
+    fresh: bool = False,
 ) -> Side:
     """A step of "vitrail" or of a peer on a batch of noise; on a GPU it may still run when it returns."""
     given = batch_of(model.preprocess, batch, model.config.classes)
     if library == "vitrail":
-        return vitrail_step(model, given, device, precision, compile=compile, accumulate=accumulate)
+        return vitrail_step(model, given, device, precision, compile=compile, accumulate=accumulate, fresh=fresh)
     return peer_step(library, model, given, device, precision, compile=compile)
 
 
@@ -129,7 +130,7 @@ def done(model: Classifier) -> float:
     twin = copy.deepcopy(model).to("meta").eval()
     images = torch.empty(1, twin.preprocess.channels, *twin.preprocess.size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin.pool(twin.to_pool(images))
+        twin.pooled(images)
     return counter.get_total_flops() / (2.0 * model.config.backbone.macs())
 
 
