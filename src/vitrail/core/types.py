@@ -46,13 +46,15 @@ class Preprocess:
         return len(self.mean)
 
     def normalize(self, pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Pixels 0..255 to fp32 model input, on whatever device they are on."""
+        """Pixels 0..255 to fp32 model input, on whatever device they are on; contiguous, however the pixels lie."""
         # Filled in where the pixels are: numbers copied to a GPU would make the processor wait for it at every batch.
         mean, deviation = (
             torch.cat([torch.full((1, 1, 1, 1), one, dtype=torch.float32, device=pixels.device) for one in each], 1)
             for each in (self.mean, self.deviation)
         )
-        return (pixels.float() / 255 - mean) / deviation
+        # In place: on a processor a new 10 MB a step costs three times the arithmetic, in pages that are touched first.
+        images = pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        return images.div_(255).sub_(mean).div_(deviation)
 
 
 @dataclass(frozen=True)
