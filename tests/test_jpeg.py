@@ -88,6 +88,7 @@ def exif(**tags: int) -> bytes:
 
 SWAPPED = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0%c\0\0\0\0\0\0\0"
 """EXIF with an orientation alone, in Intel's order of bytes."""
+XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/' xmlns:tiff='http://ns.adobe.com/tiff/1.0/' %s</x:xmpmeta>"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,14 @@ SWAPPED = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0%c\0\0\0\0\0\0\
         ({"exif": SWAPPED % 1}, True, 1),
         ({"exif": SWAPPED % 8}, False, 8),
         ({"exif": exif(width=0x0112)}, False, 1),  # no orientation, but its tag's two bytes: left to Pillow
-        ({"xmp": b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"}, False, 1),
+        ({"xmp": XMP % b">"}, True, 1),
+        ({"xmp": XMP % b'tiff:Orientation="1">'}, True, 1),
+        ({"xmp": XMP % b'tiff:Orientation="6">'}, False, 6),
+        ({"xmp": XMP % b"><tiff:Orientation>1</tiff:Orientation>"}, True, 1),
+        ({"xmp": XMP % b"><tiff:Orientation>8</tiff:Orientation>"}, False, 8),
+        ({"xmp": XMP % b"tiff:Orientation='1'>"}, False, 1),  # not as it is mostly written: left to Pillow
+        ({"exif": exif(orientation=1), "xmp": XMP % b'tiff:Orientation="6">'}, False, 1),  # EXIF goes first
+        ({"exif": exif(orientation=6), "xmp": XMP % b'tiff:Orientation="1">'}, False, 6),
     ],
 )
 @pytest.mark.parametrize("grey", [False, True])

@@ -15,10 +15,16 @@ import numpy as np
 from jaxtyping import UInt8
 
 SEQUENTIAL = (0xC0, 0xC1)
-OTHERS = (0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
-START_OF_SCAN, BEGIN, END = 0xDA, b"\xff\xd8", b"\xff\xd9"
-UPRIGHT = (bytes.fromhex("0112 0003 00000001 0001"), bytes.fromhex("1201 0300 01000000 0100"))
-"""EXIF's entry for an orientation (its tag comes first) that says upright, in either order of bytes (EXIF 2.32, 4.6.2)."""
+OTHERS = frozenset((0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)))
+START_OF_SCAN, EXIF_OR_XMP, MULTI_PICTURE, BEGIN, END = 0xDA, 0xE1, 0xE2, b"\xff\xd8", b"\xff\xd9"
+UPRIGHT = (
+    *(bytes.fromhex("0112 0003 00000001 0001"), bytes.fromhex("1201 0300 01000000 0100")),
+    *(b'tiff:Orientation="1"', b"tiff:Orientation>1</tiff:Orientation>"),
+)
+"""What says upright: EXIF's entry for an orientation (its tag comes first) in either order of bytes (EXIF 2.32, 4.6.2), and
+XMP's property of that name (XMP 1, 8.3), as an attribute and as an element."""
+TURNS = (UPRIGHT[0][:2], UPRIGHT[1][:2], b"Orientation")
+"""What may say otherwise, where it stands anywhere else."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,11 @@ def header(data: bytes) -> Header | None:
         return None
     at, frame, components, block, plain = 2, 0, 0, 0, True
     while at + 9 < len(data) and data[at] == 0xFF:
-        kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        kind, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
         if kind == START_OF_SCAN:
             if not frame or data[at + 4] != components:
                 return None
-            height, width = (int.from_bytes(data[place : place + 2], "big") for place in (frame, frame + 2))
+            height, width = data[frame] << 8 | data[frame + 1], data[frame + 2] << 8 | data[frame + 3]
             plain &= data[frame - 1] == 8 and components in (1, 3) and height > 0 and width > 0
             return Header((height, width), components, frame, block, plain)
         if kind in SEQUENTIAL:
@@ -56,12 +62,13 @@ def header(data: bytes) -> Header | None:
             block = 8 * max(factors, default=0)
         if kind in OTHERS or length < 2 or (frame and not block):
             return None
-        said = data[at + 4 : at + 2 + length]
-        if kind == 0xE1:  # EXIF, or XMP, which may turn it too
+        if kind == EXIF_OR_XMP:
+            said = data[at + 4 : at + 2 + length]
             for upright in UPRIGHT:
                 said = said.replace(upright, b"")
-            plain &= said.startswith(b"Exif\0\0") and not any(upright[:2] in said for upright in UPRIGHT)
-        plain &= not said.startswith(b"MPF\0")
+            plain &= not any(turn in said for turn in TURNS)
+        elif kind == MULTI_PICTURE:
+            plain &= not data.startswith(b"MPF\0", at + 4)
         at += 2 + length
     return None
 
@@ -93,7 +100,7 @@ def _decoder() -> Any:
 
 
 def _lowered(data: bytes, rows: int, known: Header | None) -> bytearray | None:
-    """The file with a smaller height, a whole number of blocks; None where that is not possible or saves nothing.
+    """The file with a smaller height; None where that is not possible or saves nothing.
 
     Only where its `header` is known, and the file is not cut (libjpeg would not say so).
     """
@@ -101,8 +108,8 @@ def _lowered(data: bytes, rows: int, known: Header | None) -> bytearray | None:
         return None
     if known is None:
         return None
-    # Where colours are stored at half the height, the last row leans on those of the next block.
-    low = -(-(rows + 2) // known.block) * known.block
+    # Where colours are stored at half the height, the last row leans on the next one of theirs.
+    low = rows if known.block == 8 else rows + 2
     if low >= known.size[0]:
         return None
     lower = bytearray(data)
