@@ -224,7 +224,10 @@ def test_multi_picture_jpeg() -> None:
     assert decode(big, 3, (100, 150)).size == (300, 200)
 
 
-def test_from_a_path_closes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_from_a_path_closes_it(large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:
+        monkeypatch.setattr("vitrail.data.decode.WHOLE", 100)
     path = tmp_path / "a picture.png"
     Image.fromarray(RGB).save(path)
     before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
@@ -232,6 +235,16 @@ def test_from_a_path_closes_it(tmp_path: Path) -> None:
     assert difference(image, RGB) == 0
     if before:
         assert len(list(Path("/proc/self/fd").iterdir())) == before
+    path.write_bytes(b"")
+    with pytest.raises(UnreadablePicture, match="empty"):
+        decode(path)
+    path.write_bytes(stored(Image.fromarray(RGB), "JPEG"))
+    with opened(path) as file:
+        assert file.crop((0.0, 0.0, 5.0, 6.0), 3, RGB.shape[:2]).shape == (6, 5, 3)  # type: ignore[union-attr]
+        assert file.pixels(3)[0].size == RGB.shape[1::-1]
+    if before:
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+    Image.fromarray(RGB).save(path)
     (tmp_path / "b.jpg").write_bytes(path.read_bytes())  # a PNG under another name is still that PNG
     assert difference(decode(tmp_path / "b.jpg"), RGB) == 0
 

@@ -16,9 +16,8 @@ What is decided here, for want of a rule in the files themselves:
 
 import errno
 import math
+import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from io import BufferedReader, BytesIO
@@ -35,8 +34,9 @@ from vitrail.data.jpeg import Header, first_rows, header
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels."""
 
-HEAD = 32768
-"""Bytes of a file that are read first: a JPEG's size mostly stands among them, behind a thumbnail perhaps and a profile."""
+WHOLE, HEAD = 2**20, 2**15
+"""Bytes up to which a file is read at once, and those of a larger one that are read first: a JPEG's size mostly stands
+among them, behind a thumbnail perhaps and a profile."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -111,6 +111,13 @@ class Opened:
     name: str
     size: tuple[int, int]
 
+    def __enter__(self) -> "Opened":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
     @cached_property
     def image(self) -> Image.Image:
         """A file's, as Pillow has it: of a plain JPEG asked only now, which takes as long as a tenth of its decoding."""
@@ -135,7 +142,7 @@ class Opened:
             if min(size // math.ceil(REDUCED * wanted) for size, wanted in zip(self.size, at_least, strict=True)) >= 2:
                 return None
             if channels == 3 and (plain or self._as_plain()):
-                with _reading(self.name):
+                with _Reading(self.name):
                     place = self.file.tell()
                     self.file.seek(0)
                     rows = first_rows(self.file.read(), bottom, plain)
@@ -156,7 +163,7 @@ class Opened:
             raise UserError(f"{self.name} is a picture file, which gives 1, 3 or 4 channels, not {channels}")
         if self.array is not None:
             return self._array_pixels(channels, at_least, part)
-        with _reading(self.name):
+        with _Reading(self.name):
             wanted = None
             if at_least is not None:
                 down, across = at_least[::-1] if self.orientation >= 5 else at_least
@@ -190,37 +197,45 @@ class Opened:
         return _converted(image, MODES[channels]), filled
 
 
-@contextmanager
-def opened(picture: Picture, name: str = "") -> Iterator[Opened]:
-    """Reads a picture's header. Its file is closed at the end of the block. Raises UnreadablePicture."""
+def opened(picture: Picture, name: str = "") -> Opened:
+    """Reads a picture's header. As a context it closes the picture's file. Raises UnreadablePicture."""
     name = name or (str(picture) if isinstance(picture, Path) else "the picture")
     if isinstance(picture, np.ndarray):
         whole = getattr(picture, "whole", None)
         array = _checked(np.asarray(picture), name)
-        yield Opened(None, None, array, 1, name, whole or (array.shape[0], array.shape[1]))
-        return
+        return Opened(None, None, array, 1, name, whole or (array.shape[0], array.shape[1]))
     _silence_bomb_warning()
-    given: Image.Image | Header
-    with _reading(name):
-        file: BufferedReader | BytesIO = picture.open("rb") if isinstance(picture, Path) else BytesIO(picture)
-    with file:
-        with _reading(name):
-            head = file.read(HEAD)
-            if not head:
-                raise UnreadablePicture(f"{name} cannot be read: it is empty (0 bytes); replace it or take it out.")
-            known = header(head)
-            if known is not None and known.plain:
-                _refuse_bomb(known.size[1], known.size[0], name)
-                given, orientation, size = known, 1, known.size
-            else:
-                given = image = _identified(file, name)
-                _refuse_bomb(image.width, image.height, name)
-                if image.format == "TIFF":
-                    image.load()  # which turns it upright and forgets the orientation: Pillow does so for this format alone
-                orientation = image.getexif().get(0x0112, 1)
-                orientation = orientation if orientation in ORIENTATIONS else 1
-                size = image.size if orientation >= 5 else image.size[::-1]
-        yield Opened(given, file, None, orientation, name, size)
+    with _Reading(name):
+        file = _file(picture) if isinstance(picture, Path) else BytesIO(picture)
+        try:
+            return _begun(file, name)
+        except BaseException:
+            file.close()
+            raise
+
+
+def _file(path: Path) -> BufferedReader | BytesIO:
+    with path.open("rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size <= WHOLE:
+            return BytesIO(file.read())
+    return path.open("rb")
+
+
+def _begun(file: BufferedReader | BytesIO, name: str) -> Opened:
+    head = file.read(HEAD)
+    if not head:
+        raise UnreadablePicture(f"{name} cannot be read: it is empty (0 bytes); replace it or take it out.")
+    known = header(head)
+    if known is not None and known.plain:
+        _refuse_bomb(known.size[1], known.size[0], name)
+        return Opened(known, file, None, 1, name, known.size)
+    image = _identified(file, name)
+    _refuse_bomb(image.width, image.height, name)
+    if image.format == "TIFF":
+        image.load()  # which turns it upright and forgets the orientation: Pillow does so for this format alone
+    orientation = image.getexif().get(0x0112, 1)
+    orientation = orientation if orientation in ORIENTATIONS else 1
+    return Opened(image, file, None, orientation, name, image.size if orientation >= 5 else image.size[::-1])
 
 
 def _identified(file: BufferedReader | BytesIO, name: str) -> Image.Image:
@@ -247,21 +262,24 @@ def _refuse_bomb(width: int, height: int, name: str) -> None:
         )
 
 
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
+class _Reading:
     """Turns whatever a reader raises on a bad file into UnreadablePicture. Pillow's readers raise OSError, SyntaxError,
     ValueError, struct.error, IndexError and more; only what is the machine's fault is let through."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        machine = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in machine):
-            raise
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, UserError | MemoryError):
+            return
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            return
         found = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         found = " ".join(found.split()).rstrip(".")
-        raise UnreadablePicture(f"{name} cannot be read: {found}; replace it or take it out.") from error
+        raise UnreadablePicture(f"{self.name} cannot be read: {found}; replace it or take it out.") from error
 
 
 @cache

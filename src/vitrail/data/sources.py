@@ -115,9 +115,9 @@ class FileSource:
         return printable(self.names[place(index, len(self))])
 
     def __getitem__(self, index: int) -> Sample:
-        name = self.key(index)
+        index = place(index, len(self))
         path = self.root / os.fsdecode(self.names[index])
-        return Sample(str(self.root / name), path, int(self.labels[index]))
+        return Sample(printable(str(path)), path, int(self.labels[index]))
 
 
 @dataclass(frozen=True)
