@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitrail.core.errors import UserError
 from vitrail.core.types import Batch, Labels, Preprocess
-from vitrail.data.augment import Augmentation, partners
+from vitrail.data.augment import Augmentation, flip, partners
 
 CLASSES = 7
 PREPROCESS = Preprocess((12, 10), mean=(0.2, 0.4, 0.6), deviation=(0.5, 0.4, 0.3))
@@ -52,6 +52,16 @@ def test_flips_half() -> None:
     turned = (out == given.views[0].flip(-1)).flatten(1).all(1)
     assert (same ^ turned).all()
     assert 430 < int(same.sum()) < 570
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_flipped_pixels_lie_as_they_lay(order: torch.memory_format) -> None:
+    given = batch(50).views[0].contiguous(memory_format=order)
+    before = given.clone()
+    turned = flip(given, np.random.default_rng(0))
+    assert turned.is_contiguous(memory_format=order)
+    assert turned.equal(flip(given.contiguous(), np.random.default_rng(0)))
+    assert given.equal(before)  # a step that did not fit into memory is made again from the same batch
 
 
 def test_shifts_are_uniform_and_come_in_black() -> None:

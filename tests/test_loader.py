@@ -110,6 +110,8 @@ def test_any_step_can_be_the_first(source: Source, workers: int, crop: str) -> N
         for found, expected in zip(rest, whole[start:], strict=True):
             same(found, expected)
     same(loader.at(5), whole[5])
+    lies = torch.contiguous_format if crop == "none" else torch.channels_last
+    assert all(batch.views[0].is_contiguous(memory_format=lies) for batch in whole)
 
 
 def test_held_pixels_are_those_that_are_streamed(source: Source) -> None:

@@ -94,6 +94,23 @@ def test_inception_crop_is_crop_and_resize() -> None:
         assert np.abs(transform(data, np.random.default_rng(seed)) - got).mean() < 1.5
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("side", [32, 140])
+def test_training_pixels_lie_side_by_side(interpolation: str, side: int) -> None:
+    """Of arrays and files, cropped by torch or by Pillow, at full or at reduced size: planes would take as long as half
+    of the resizing."""
+    pixels = picture(900, 800)
+    transform = Transform(Preprocess((side, side), None, interpolation), "inception")
+    room = transform.room(3)
+    for given in (pixels, stored(pixels), stored(pixels, "JPEG"), stored(pixels[:300, :300], "JPEG")):
+        got = transform(given, np.random.default_rng(0))
+        assert got.strides == room.strides[1:] == (1, 3 * side, 3)
+        assert got.flags.writeable
+        assert Transform(transform.preprocess)(given, None).strides == (side * side, side, 1)
+    assert room.shape == (3, 3, side, side)
+    assert Transform(transform.preprocess).room(3).flags.c_contiguous
+
+
 @pytest.mark.parametrize("size", [(300, 300), (200, 500), (500, 200)])
 def test_inception_crops_are_drawn_as_said(size: tuple[int, int]) -> None:
     transform, rng = Transform(Preprocess((8, 8)), "inception"), np.random.default_rng(0)
@@ -242,3 +259,14 @@ def test_normalising_is_by_channel() -> None:
     found = Preprocess(mean=(0.4, 0.5, 0.6), deviation=(0.2, 0.3, 1.0)).normalize(pixels)
     for place, (mean, deviation) in enumerate(((0.4, 0.2), (0.5, 0.3), (0.6, 1.0))):
         assert found[:, place].equal((pixels[:, place].float() / 255 - mean) / deviation)
+
+
+def test_normalising_leaves_what_it_is_given_and_puts_planes_behind_one_another() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    wanted = Preprocess().normalize(pixels)
+    for given in (pixels, pixels.contiguous(memory_format=torch.channels_last)):
+        before = given.clone()
+        found = Preprocess().normalize(given)
+        assert found.equal(wanted)
+        assert found.is_contiguous()
+        assert given.equal(before)

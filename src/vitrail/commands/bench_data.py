@@ -149,11 +149,11 @@ def sides(source: Any, packed: Any, chosen: np.ndarray, size: int) -> dict[str, 
         transform = Transform(Preprocess((size, size), None, interpolation, MEAN, DEVIATION), "inception")
 
         def batch(number: int) -> Any:
-            pixels = []
-            for place, at in places(number):
+            pixels = transform.room(BLOCK)
+            for row, (place, at) in enumerate(places(number)):
                 sample = origin[at]
-                pixels.append(transform(sample.picture, np.random.default_rng(place), sample.name))
-            return flip(torch.from_numpy(np.stack(pixels)), np.random.default_rng(number))
+                pixels[row] = transform(sample.picture, np.random.default_rng(place), sample.name)
+            return flip(torch.from_numpy(pixels), np.random.default_rng(number))
 
         return batch
 

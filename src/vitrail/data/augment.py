@@ -63,7 +63,10 @@ def flip(pixels: UInt8[Tensor, "b c h w"], rng: Rng) -> UInt8[Tensor, "b c h w"]
     flipped = rng.random(pixels.shape[0]) < 0.5
     if pixels.device.type == "cpu":
         # `where` goes number by number there: 0.13 ms a picture of 224 pixels, a tenth of its decoding, for 0.007.
-        return torch.stack([each.flip(-1) if turned else each for each, turned in zip(pixels, flipped, strict=True)])
+        result = torch.empty_like(pixels)
+        for turned, one, to in zip(flipped, pixels.split(1), result.split(1), strict=True):
+            to.copy_(one.flip(-1) if turned else one)
+        return result
     return torch.where(_to(flipped, pixels)[:, None, None, None], pixels.flip(-1), pixels)
 
 

@@ -83,17 +83,9 @@ def balanced(labels: np.ndarray) -> tuple[float, ...]:
     return tuple((weights / weights.sum()).tolist())
 
 
-@dataclass(frozen=True)
-class _Row:
-    pixels: np.ndarray
-    label: int
-    index: int
-    problem: str | None = None
-
-
 @dataclass
 class _Pictures:
-    """What a data worker holds: the source, and how to prepare a picture for the batch."""
+    """What a data worker holds: the source, and how to prepare its pictures for a batch."""
 
     source: Source
     transform: Transform
@@ -102,34 +94,36 @@ class _Pictures:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: Key) -> _Row:
-        epoch, index = key
-        if index < 0:
-            return _Row(self._blank(), 0, -1)
-        try:
-            sample = self.source[index]
-            random = np.random.default_rng(mix("picture", self.seed, epoch, index)) if self.transform.random else None
-            return _Row(self.transform(sample.picture, random, sample.name), sample.label, index)
-        except UserError as error:
-            # Left out of this batch and counted; one bad picture must not end a night's training.
-            return _Row(self._blank(), 0, index, str(error))
+    def __getitems__(self, keys: list[Key]) -> tuple[Batch, dict[int, str]]:
+        """A batch, and why which picture is missing in it. Each picture is copied into its place as long as the
+        processor's cache holds it."""
+        pixels, problems = self.transform.room(len(keys)), {}
+        labels, valid = np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
+        for row, (epoch, index) in enumerate(keys):
+            try:
+                if index >= 0:
+                    pixels[row], labels[row] = self._prepared(epoch, index)
+                    valid[row] = True
+            except UserError as error:
+                # Left out of this batch and counted; one bad picture must not end a night's training.
+                problems[index] = str(error)
+        pixels[~valid] = 0
+        batch = Batch(
+            views=(torch.from_numpy(pixels),),
+            targets=Labels(torch.from_numpy(labels)) if (labels >= 0).all() else None,
+            valid=torch.from_numpy(valid),
+            index=torch.tensor([index for _, index in keys], dtype=torch.int64),
+        )
+        return batch, problems
 
-    def _blank(self) -> np.ndarray:
-        preprocess = self.transform.preprocess
-        return np.zeros((preprocess.channels, *preprocess.size), np.uint8)
+    def _prepared(self, epoch: int, index: int) -> tuple[np.ndarray, int]:
+        sample = self.source[index]
+        random = np.random.default_rng(mix("picture", self.seed, epoch, index)) if self.transform.random else None
+        return self.transform(sample.picture, random, sample.name), sample.label
 
 
-def _collate(rows: list[_Row]) -> tuple[Batch, dict[int, str]]:
-    labels = torch.tensor([row.label for row in rows], dtype=torch.int64)
-    valid = torch.tensor([row.index >= 0 and row.problem is None for row in rows])
-    known = bool((labels[valid] >= 0).all())
-    batch = Batch(
-        views=(torch.from_numpy(np.stack([row.pixels for row in rows])),),
-        targets=Labels(labels) if known else None,
-        valid=valid,
-        index=torch.tensor([row.index for row in rows], dtype=torch.int64),
-    )
-    return batch, {row.index: row.problem for row in rows if row.problem is not None}
+def _as_it_is(prepared: Any) -> Any:
+    return prepared
 
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
@@ -224,7 +218,7 @@ class PictureLoader:
             _Pictures(self.source, self.transform, self.order.seed),  # type: ignore[arg-type]
             batch_sampler=keys,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_as_it_is,
             multiprocessing_context=multiprocessing.get_context(method) if workers else None,
             prefetch_factor=self.ahead if workers else None,
             worker_init_fn=partial(_stand_apart, niceness=self.niceness) if workers else None,

@@ -70,7 +70,11 @@ class Transform:
         return self.crop != "none"
 
     def __call__(self, picture: Picture, rng: np.random.Generator | None, name: str = "") -> UInt8[np.ndarray, "c h w"]:
-        """Decodes and resamples one picture; contiguous. Draws from `rng` when `random`. Raises UnreadablePicture."""
+        """Decodes and resamples one picture. Raises UnreadablePicture.
+
+        When `random` it draws from `rng`, and a pixel's colours lie side by side in memory, as they were decoded:
+        `Preprocess.normalize` puts planes behind one another on the device. Else contiguous.
+        """
         channels = self.preprocess.channels
         if channels not in MODES:
             return self._planes(picture, rng, name)
@@ -94,7 +98,15 @@ class Transform:
                 min(float(image.height), filled[1] + box[3] * down),
             )
             small = image.resize((width, height), FILTERS[self.preprocess.interpolation], box=box)
-        return np.array(np.atleast_3d(np.asarray(small)).transpose(2, 0, 1), order="C")
+        planes = np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
+        return np.array(planes, order="K" if self.random else "C")
+
+    def room(self, rows: int) -> UInt8[np.ndarray, "rows c h w"]:
+        """For so many pictures, not filled, laid out in memory as a call gives them."""
+        channels, (height, width) = self.preprocess.channels, self.preprocess.size
+        if self.random:
+            return np.empty((rows, height, width, channels), np.uint8).transpose(0, 3, 1, 2)
+        return np.empty((rows, channels, height, width), np.uint8)
 
     def _planes(self, picture: Picture, rng: np.random.Generator | None, name: str) -> UInt8[np.ndarray, "c h w"]:
         """Arrays with channels that are no colours, one grey plane at a time, all cropped alike."""
@@ -158,10 +170,12 @@ class Transform:
 def _resized(
     pixels: UInt8[np.ndarray, "h w c"], size: tuple[int, int], interpolation: str
 ) -> UInt8[np.ndarray, "c height width"]:
-    given = pixels if pixels.flags.writeable else pixels.copy()  # torch has no tensors that cannot be written to
-    tensor = torch.from_numpy(given).permute(2, 0, 1)[None]
-    small = F.interpolate(tensor, size, mode=interpolation, antialias=True)[0]
-    return small.contiguous().numpy()
+    given = np.ascontiguousarray(pixels)
+    if not given.flags.writeable:
+        given = given.copy()  # torch has no tensors that cannot be written to
+    tensor = torch.from_numpy(given.reshape(1, *given.shape).transpose(0, 3, 1, 2))
+    resized: np.ndarray = F.interpolate(tensor, size, mode=interpolation, antialias=True).numpy()[0]
+    return resized
 
 
 def read(pictures: Sequence[Picture], preprocess: Preprocess) -> UInt8[Tensor, "b c h w"]:
