@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrail.commands import bench_data
-from vitrail.commands.bench_data import AGAINST, BLOCK, Settings, drawn, run, sentences, sides, summary
+from vitrail.benchmark import pipelines
+from vitrail.benchmark.pipelines import LIBRARIES
+from vitrail.commands.bench_data import BLOCK, Settings, drawn, run, sentences, sides, summary
 from vitrail.commands.flags import parse
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
@@ -39,16 +40,16 @@ def test_all_sides_give_the_same_pictures(folder: Path, packed: Path) -> None:
     """But for the flips: of each picture the plain one or its mirror image, to a few levels of 255."""
     source, ours = (splits.open_data(str(path), validation=0.0).train for path in (folder, packed))
     found = sides(source, ours, np.arange(6), 40)
-    assert set(found) == {f"{kind} {each}" for kind in ("vitrail", "packed") for each in AGAINST.values()} | set(
-        AGAINST
+    assert set(found) == {f"{kind} {each}" for kind in ("vitrail", "packed") for each in LIBRARIES.values()} | set(
+        LIBRARIES
     )
-    preprocess = Preprocess((40, 40), None, "bilinear", bench_data.MEAN, bench_data.DEVIATION)
+    preprocess = Preprocess((40, 40), None, "bilinear", pipelines.MEAN, pipelines.DEVIATION)
     flips = set()
     for number in range(2):
         batches = {name: side(number) for name, side in found.items()}
         assert batches["torchvision"].dtype == torch.float32
         assert all(batch.dtype == torch.uint8 for name, batch in batches.items() if name != "torchvision")
-        for library, interpolation in AGAINST.items():
+        for library, interpolation in LIBRARIES.items():
             theirs = batches[library] if library == "torchvision" else preprocess.normalize(batches[library])
             for kind in ("vitrail", "packed"):
                 mine = preprocess.normalize(batches[f"{kind} {interpolation}"])
@@ -58,6 +59,77 @@ def test_all_sides_give_the_same_pictures(folder: Path, packed: Path) -> None:
                     flips.add(differences[0] < differences[1])
                     assert min(differences) < (0.02 if kind == "vitrail" else 0.1)  # 0.02 is one level of 255
     assert flips == {True, False}
+
+
+class Names:
+    """A module that is not installed, with these names in it."""
+
+    def __init__(self, **names: object) -> None:
+        self.__dict__.update(names)
+
+
+class Cropping:
+    """As the two libraries have it: the crop is drawn by a method of the transform's own."""
+
+    def __init__(self, size: int, kernel: Image.Resampling) -> None:
+        self.size, self.kernel = size, kernel
+
+    def get_params(self, image: Image.Image, scale: object, ratio: object) -> tuple[int, int, int, int]:
+        raise AssertionError("another crop than the one that all sides take")
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        top, left, height, width = self.get_params(image, None, None)
+        return image.crop((left, top, left + width, top + height)).resize((self.size, self.size), self.kernel)
+
+
+class Steps:
+    def __init__(self, transforms: list) -> None:
+        self.transforms = transforms
+
+    def __call__(self, image: Image.Image) -> object:
+        for one in self.transforms:
+            image = one(image)
+        return image
+
+
+def test_the_libraries_own_transforms_are_given_the_same_crops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither can be imported here: what stands in for them crops, and turns into pixels, as they do, without flips."""
+
+    def planes(image: Image.Image) -> np.ndarray:
+        return np.asarray(image).transpose(2, 0, 1).copy()
+
+    def normal(pixels: torch.Tensor) -> torch.Tensor:
+        mean, deviation = (torch.tensor(each)[:, None, None] for each in (pipelines.MEAN, pipelines.DEVIATION))
+        return (pixels - mean) / deviation
+
+    def create_transform(shape: tuple[int, int, int], interpolation: str, **_: object) -> Steps:
+        return Steps([Cropping(shape[1], Image.Resampling[interpolation.upper()]), planes])
+
+    modules = {
+        "torchvision.transforms": Names(
+            RandomResizedCrop=lambda size: Cropping(size, Image.Resampling.BILINEAR),
+            RandomHorizontalFlip=lambda: lambda image: image,
+            ToTensor=lambda: lambda image: torch.from_numpy(planes(image)).float() / 255,
+            Normalize=lambda mean, deviation: normal,
+            Compose=Steps,
+        ),
+        "timm.data": Names(create_transform=create_transform),
+        "timm.data.loader": Names(
+            fast_collate=lambda pairs: (torch.stack([torch.from_numpy(pair[0]) for pair in pairs]), None)
+        ),
+    }
+    monkeypatch.setattr(pipelines.importlib, "import_module", modules.__getitem__)
+    source = splits.open_data(str(folder), validation=0.0).train
+    found = sides(source, None, np.arange(6), 40, ("torchvision", "timm"))
+    for number in range(2):
+        for library in LIBRARIES:
+            own, again = found[f"{library} itself"](number), found[library](number)
+            assert own.shape == again.shape
+            assert own.dtype == again.dtype
+            for one, other in zip(own.float(), again.float(), strict=True):
+                assert any(torch.allclose(turned, other, atol=1e-5) for turned in (one, one.flip(-1)))
+    result = summary({name: np.full(3, 1.0 if "vitrail" in name else 2.5) for name in found})
+    assert result["ratios"]["vitrail bicubic against timm itself"]["value"] == 2.5
 
 
 def test_it_runs(folder: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +168,8 @@ def test_what_cannot_be_measured(folder: Path, packed: Path) -> None:
         run(Settings(str(folder), size=0))
     with pytest.raises(UserError, match="--workers"):
         run(Settings(str(folder), workers=-1))
+    with pytest.raises(UserError, match="--against transformers is not known; give torchvision or timm"):
+        run(Settings(str(folder), against="transformers"))
     (folder / "a" / "0.jpg").rename(folder / "a" / "other.jpg")
     with pytest.raises(UserError, match="holds other pictures"):
         run(Settings(str(folder), str(packed)))

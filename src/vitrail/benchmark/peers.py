@@ -15,21 +15,22 @@ from vitrail.models.vit import ViTConfig
 PEERS = ("timm", "transformers")
 
 
-def wanted(against: str) -> tuple[str, ...]:
+def wanted(against: str, known: tuple[str, ...] = PEERS) -> tuple[str, ...]:
     """The peers of a flag such as "timm,transformers", in its order. Raises UserError on others, and on missing ones."""
     names = tuple(name.strip() for name in against.split(",") if name.strip())
     for name in names:
-        if name not in PEERS:
-            raise UserError(f"--against {name} is not known; give {' or '.join(PEERS)}, or both with a comma.")
+        if name not in known:
+            raise UserError(f"--against {name} is not known; give {' or '.join(known)}, or both with a comma.")
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--against {name}: the package cannot be imported; install it, or leave it out.")
-    if "timm" in names:
+        if name == "transformers":
+            continue  # which takes seconds, and imports what else it needs as it is asked for
         try:
-            importlib.import_module("timm")
+            importlib.import_module(name)
         except (ImportError, RuntimeError) as error:
             raise UserError(
-                f"--against timm: timm cannot be imported ({str(error).splitlines()[0]}); bench/peers/README.md says how "
-                "it can, or leave it out."
+                f"--against {name}: {name} cannot be imported ({str(error).splitlines()[0]}); bench/peers/README.md says "
+                "how it can, or leave it out."
             ) from error
     return names
 

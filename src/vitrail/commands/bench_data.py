@@ -1,7 +1,8 @@
 """`vitrail bench data`: how many training pictures a core prepares, beside the pipelines of torchvision's and timm's users.
 
 Unusual: all sides take the same crops of the same pictures in turns, block by block, and are timed by the processor time
-they use, so that other programs disturb the ratios little. Theirs are their own steps, done with Pillow and torch:
+they use, so that other programs disturb the ratios little. Theirs are their own steps, done with Pillow and torch
+(benchmark/pipelines.py), and with --against their own transforms too:
 
 - torchvision: open, RGB, crop and resize (bilinear, its RandomResizedCrop's default), flip, ToTensor, Normalize, and a
   float batch by default_collate.
@@ -13,7 +14,6 @@ Ours ends, with the filter of the side it is compared with, at a uint8 batch, fl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ import numpy as np
 from vitrail.core.device import Precision
 
 BLOCK = 16
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-AGAINST = {"torchvision": "bilinear", "timm": "bicubic"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,9 @@ class Settings:
 
     seconds: float = 10.0
     """How long to measure each part."""
+
+    against: str = ""
+    """Libraries whose own transforms are measured too, beside what is rebuilt of them: torchvision,timm or one of these."""
 
     pictures: int = 256
     """How many pictures to take, at random; they are read once before the clock starts, so the disk is not measured."""
@@ -70,8 +71,12 @@ class Settings:
 
 def run(settings: Settings) -> int:
     """Measures pictures per core-second of these pipelines and prints them with their ratios; returns the exit code."""
+    from importlib.metadata import version
+
     from vitrail.benchmark import record
     from vitrail.benchmark.machine import Others, pinned
+    from vitrail.benchmark.peers import wanted
+    from vitrail.benchmark.pipelines import LIBRARIES
     from vitrail.core.errors import UserError
     from vitrail.data.splits import open_data
 
@@ -79,6 +84,7 @@ def run(settings: Settings) -> int:
         raise UserError("--size, --pictures, --batch and --seconds must be above 0.")
     if settings.workers is not None and settings.workers < 0:
         raise UserError(f"--workers is {settings.workers}: give 0 for none, or more.")
+    against = wanted(settings.against, tuple(LIBRARIES))
     source = open_data(settings.data, validation=0.0).train
     packed = open_data(settings.packed, validation=0.0).train if settings.packed else None
     chosen, unreadable = readable(source, packed, settings)
@@ -87,10 +93,11 @@ def run(settings: Settings) -> int:
     with pinned(settings.threads) as threads:
         others = Others()
         with pinned(1):  # as in a data worker
-            times = measure(sides(source, packed, chosen, settings.size), settings.seconds)
+            times = measure(sides(source, packed, chosen, settings.size, against), settings.seconds)
         result: dict[str, Any] = {
             **{"data": record.called(settings.data), "size": settings.size, "threads": threads},
             **{"pictures": len(chosen), "unreadable": unreadable},
+            **({"libraries": {library: version(library) for library in against}} if against else {}),
             **summary(times),
         }
         if settings.model:
@@ -137,10 +144,17 @@ def readable(source: Any, packed: Any, settings: Settings) -> tuple[np.ndarray, 
     return np.array(kept, np.int64), len(chosen) - len(kept)
 
 
-def sides(source: Any, packed: Any, chosen: np.ndarray, size: int) -> dict[str, Callable[[int], Any]]:
-    """What is measured: each makes the batch of a number, of BLOCK pictures, each batch of other pictures and crops."""
+def sides(
+    source: Any, packed: Any, chosen: np.ndarray, size: int, against: tuple[str, ...] = ()
+) -> dict[str, Callable[[int], Any]]:
+    """What is measured: each makes the batch of a number, of BLOCK pictures, each batch of other pictures and crops.
+
+    against: of LIBRARIES, those that are measured themselves too.
+    """
     import torch
 
+    from vitrail.benchmark import pipelines
+    from vitrail.benchmark.pipelines import DEVIATION, LIBRARIES, MEAN
     from vitrail.core.types import Preprocess
     from vitrail.data.augment import flip
     from vitrail.data.transforms import Transform
@@ -160,52 +174,31 @@ def sides(source: Any, packed: Any, chosen: np.ndarray, size: int) -> dict[str, 
     def places(number: int) -> list[tuple[int, int]]:
         return [(place, int(chosen[place % len(chosen)])) for place in range(number * BLOCK, (number + 1) * BLOCK)]
 
-    def plain(library: str) -> Callable[[int], Any]:
+    def theirs(library: str, own: bool) -> Callable[[int], Any]:
         transform = Transform(Preprocess((size, size), None, "bilinear", MEAN, DEVIATION), "inception")
+        if own:
+            prepare, together = pipelines.itself(library, size)
 
         def batch(number: int) -> Any:
-            prepared = [
-                plain_pipeline(source[at].picture, transform, np.random.default_rng(place), library)
-                for place, at in places(number)
-            ]
-            if library == "torchvision":
-                return torch.stack(prepared)
-            together = torch.zeros((len(prepared), *prepared[0].shape), dtype=torch.uint8)
-            for place, pixels in enumerate(prepared):
-                together[place] += torch.from_numpy(pixels)
-            return together
+            prepared = []
+            for place, at in places(number):
+                image, rng = pipelines.loaded(source[at].picture), np.random.default_rng(place)
+                box = transform._inception_crop((image.height, image.width), rng)
+                if own:
+                    prepared.append(prepare(image, box))
+                else:
+                    prepared.append(pipelines.rebuilt(library, image, box, size, flipped=rng.random() < 0.5))
+            return together(prepared) if own else pipelines.together(library, prepared)
 
         return batch
 
-    found: dict[str, Callable[[int], Any]] = {library: plain(library) for library in AGAINST}
-    for interpolation in AGAINST.values():
+    found: dict[str, Callable[[int], Any]] = {library: theirs(library, own=False) for library in LIBRARIES}
+    found |= {f"{library} itself": theirs(library, own=True) for library in against}
+    for interpolation in LIBRARIES.values():
         found[f"vitrail {interpolation}"] = ours(source, interpolation)
         if packed is not None:
             found[f"packed {interpolation}"] = ours(packed, interpolation)
     return found
-
-
-def plain_pipeline(picture: Any, transform: Any, rng: np.random.Generator, library: str) -> Any:
-    """One picture, the way of torchvision's or timm's users; the crop is the one that `transform` would draw."""
-    import torch
-    from PIL import Image
-
-    if isinstance(picture, np.ndarray):
-        image: Image.Image = Image.fromarray(picture)
-    else:
-        image = Image.open(picture if isinstance(picture, Path) else BytesIO(picture))
-    image = image.convert("RGB")
-    box = transform._inception_crop((image.height, image.width), rng)
-    kernel = Image.Resampling.BICUBIC if AGAINST[library] == "bicubic" else Image.Resampling.BILINEAR
-    small = image.crop(box).resize(transform.preprocess.size[::-1], kernel)
-    if rng.random() < 0.5:
-        small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = np.array(small, np.uint8, copy=True)
-    if library == "timm":
-        return np.rollaxis(pixels, 2)
-    floats = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(torch.float32).div(255).clone()
-    mean, deviation = (torch.as_tensor(each).view(-1, 1, 1) for each in (MEAN, DEVIATION))
-    return floats.sub_(mean).div_(deviation)
 
 
 def measure(found: dict[str, Callable[[int], Any]], seconds: float) -> dict[str, np.ndarray]:
@@ -227,11 +220,14 @@ def summary(times: dict[str, np.ndarray]) -> dict[str, Any]:
     """rates: pictures per core-second of each side, from medians. ratios: how many times faster ours is than each library
     with the same filter, from the whole times, with a 95 % interval by bootstrap over the batches, of which every side
     saw the same."""
+    from vitrail.benchmark.pipelines import LIBRARIES
+
     ratios = {
-        f"{name} against {library}": speedup(times[library], times[name])
-        for library, interpolation in AGAINST.items()
+        f"{name} against {theirs}": speedup(times[theirs], times[name])
+        for library, interpolation in LIBRARIES.items()
+        for theirs in (library, f"{library} itself")
         for name in (f"vitrail {interpolation}", f"packed {interpolation}")
-        if name in times
+        if name in times and theirs in times
     }
     rates = {name: float(BLOCK / np.median(taken)) for name, taken in times.items()}
     return {"batches": len(next(iter(times.values()))), "rates": rates, "ratios": ratios}
@@ -246,7 +242,9 @@ def speedup(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
 
 def drawn(times: dict[str, np.ndarray], size: int) -> dict[str, Any]:
     """All sides beside the first library, as `figures_speed.speeds` takes a run."""
-    reference = next(iter(AGAINST))
+    from vitrail.benchmark.pipelines import LIBRARIES
+
+    reference = next(iter(LIBRARIES))
     lines = [
         {
             "side": f"vitrail {name}" if name.startswith("packed") else name,
