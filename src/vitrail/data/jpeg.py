@@ -64,9 +64,10 @@ def header(data: bytes) -> Header | None:
             return None
         if kind == EXIF_OR_XMP:
             said = data[at + 4 : at + 2 + length]
-            for upright in UPRIGHT:
-                said = said.replace(upright, b"")
-            plain &= not any(turn in said for turn in TURNS)
+            if any(turn in said for turn in TURNS):
+                for upright in UPRIGHT:
+                    said = said.replace(upright, b"")
+                plain &= not any(turn in said for turn in TURNS)
         elif kind == MULTI_PICTURE:
             plain &= not data.startswith(b"MPF\0", at + 4)
         at += 2 + length
@@ -108,8 +109,8 @@ def _lowered(data: bytes, rows: int, known: Header | None) -> bytearray | None:
         return None
     if known is None:
         return None
-    # Where colours are stored at half the height, the last row leans on the next one of theirs.
-    low = rows if known.block == 8 else rows + 2
+    # Where colours are stored at half the height, every second row leans on the next one of theirs.
+    low = rows if known.block == 8 else rows | 1
     if low >= known.size[0]:
         return None
     lower = bytearray(data)
