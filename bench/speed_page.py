@@ -29,7 +29,8 @@ RUNS = {
 }
 """results/NAME.json: the command that makes it, to be given --json and that name."""
 CLAIMS = {
-    "speed-data": "vitrail bench data --data PHOTOS --packed PACKED --seconds 20 --json results/speed-data.json",
+    "speed-data": f"{BENCH} data --data PHOTOS --packed PACKED --seconds 40 --against torchvision,timm "
+    "--json results/speed-data.json",
     "start": "python bench/start.py",
     "streaming": "python bench/streaming.py --photos PHOTOS --memory",
     "streaming_memory": "python bench/streaming.py --photos PHOTOS --rounds 0",

@@ -11,6 +11,7 @@ they use, so that other programs disturb the ratios little. Theirs are their own
 Ours ends, with the filter of the side it is compared with, at a uint8 batch, flipped, to be normalised on the device.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -206,13 +207,17 @@ def measure(found: dict[str, Callable[[int], Any]], seconds: float) -> dict[str,
     for side in found.values():
         side(0)  # what is imported on first use is not measured
     times: dict[str, list[float]] = {name: [] for name in found}
-    names, number, end = list(found), 0, time.monotonic() + seconds
-    while time.monotonic() < end or number < 2:
-        for name in names:
-            begun = time.process_time()
-            found[name](number)
-            times[name].append(max(time.process_time() - begun, 1e-9))
-        names, number = names[::-1], number + 1
+    gc.freeze()  # as a data worker does
+    try:
+        names, number, end = list(found), 0, time.monotonic() + seconds
+        while time.monotonic() < end or number < 2:
+            for name in names:
+                begun = time.process_time()
+                found[name](number)
+                times[name].append(max(time.process_time() - begun, 1e-9))
+            names, number = names[::-1], number + 1
+    finally:
+        gc.unfreeze()
     return {name: np.array(taken) for name, taken in times.items()}
 
 
