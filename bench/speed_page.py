@@ -60,6 +60,8 @@ FLOPs are counted whole, though ours leave out of the last block what is not poo
 holds one side alone, without Python and its libraries. Peers run at their best sensible settings: timm with fused attention
 as it chooses, transformers with sdpa, both in fp32, under bf16 autocast and with bf16 weights; "openvino by-hand" is
 OpenVINO set up directly, its streams tuned.
+Training crops are compared with torchvision's and timm's pipelines as rebuilt here with Pillow, without the calls around
+each step, and with the libraries' own transforms ("itself"); timm's and ours end at uint8, to be normalised on the device.
 How to install them: [bench/peers](../bench/peers/README.md).
 """
 
