@@ -17,8 +17,10 @@ from torch import Tensor
 from vitrail.core import ranks
 from vitrail.core.errors import UserError
 from vitrail.core.types import Batch, Labels, Preprocess, Sample, Source
+from vitrail.data import ring as ring_module
 from vitrail.data.folders import read_folder
 from vitrail.data.loader import Order, PictureLoader, balanced
+from vitrail.data.ring import Ring
 from vitrail.data.transforms import Transform
 
 SIZES = [(count, batch) for count in (1, 2, 3, 7, 16, 23, 50) for batch in (1, 2, 3, 8, 16, 64)]
@@ -112,6 +114,63 @@ def test_any_step_can_be_the_first(source: Source, workers: int, crop: str) -> N
     same(loader.at(5), whole[5])
     lies = torch.contiguous_format if crop == "none" else torch.channels_last
     assert all(batch.views[0].is_contiguous(memory_format=lies) for batch in whole)
+
+
+def test_batches_that_are_held_are_written_over_by_no_other(source: Source) -> None:
+    """Workers write into the same memory again and again; whoever keeps more batches than it has places for, or part of
+    one, keeps what it was."""
+    order, transform = Order(len(source), 4, 120, seed=3), Transform(PREPROCESS, "inception")
+    loader = PictureLoader(source, transform, order, 1, ahead=1)
+    expected = list(PictureLoader(source, transform, order))
+    held = list(loader)  # 30 batches, and 4 places
+    for found, wanted in zip(held, expected, strict=True):
+        same(found, wanted)
+    parts = [batch.views[0][2:3, 1].flatten()[5:] for batch in loader]
+    arrays = [batch.views[0].numpy()[3] for batch in loader]
+    for part, array, wanted in zip(parts, arrays, expected, strict=True):
+        assert torch.equal(part, wanted.views[0][2:3, 1].flatten()[5:])
+        assert np.array_equal(array, wanted.views[0][3].numpy())
+
+
+def test_a_place_is_free_when_nothing_looks_at_it() -> None:
+    ring = Ring(2, 12)
+    assert [ring.taken(), ring.taken(), ring.taken()] == [0, 1, None]
+    ring.at(1)[:] = 7
+    array = ring.at(1).reshape(3, 4)
+    ring.freed_with(array, 1)
+    tensor = torch.from_numpy(array)
+    del array
+    part = tensor[1]
+    del tensor
+    assert ring.taken() is None
+    assert part.tolist() == [7] * 4
+    del part
+    assert ring.taken() == 1
+    ring.at(0)[:] = 5
+    assert ring.at(1).tolist() == [7] * 12
+
+
+def test_batches_come_out_of_the_ring(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of no other memory, while they are let go one by one; where there is no such memory, out of files."""
+    lent: list[int] = []
+    freed_with = Ring.freed_with
+    monkeypatch.setattr(
+        Ring, "freed_with", lambda ring, array, place: (lent.append(place), freed_with(ring, array, place))[1]
+    )
+    order, transform = Order(len(source), 4, 120, seed=3), Transform(PREPROCESS, "inception")
+    expected = list(PictureLoader(source, transform, order))
+    for found, wanted in zip(PictureLoader(source, transform, order, 2), expected, strict=True):
+        same(found, wanted)
+    assert len(lent) == 30
+    assert set(lent) <= set(range(11))
+
+    def none(*_: int) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(ring_module.mmap, "mmap", none)
+    for found, wanted in zip(PictureLoader(source, transform, order, 2), expected, strict=True):
+        same(found, wanted)
+    assert len(lent) == 30
 
 
 def test_held_pixels_are_those_that_are_streamed(source: Source) -> None:

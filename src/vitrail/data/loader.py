@@ -20,18 +20,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int, UInt8
 from torch.utils.data import DataLoader
 
 from vitrail.core import ranks
 from vitrail.core.device import memory, mix
 from vitrail.core.errors import UserError
 from vitrail.core.types import Batch, Labels, Source
+from vitrail.data.ring import Ring
 from vitrail.data.transforms import Transform
 
 Key = tuple[int, int]
 """(epoch, index into the source); index -1 is a row that only fills the batch up."""
 
 FILL: Key = (0, -1)
+
+Pixels = UInt8[torch.Tensor, "b c h w"]
 
 
 @dataclass(frozen=True)
@@ -84,40 +88,71 @@ def balanced(labels: np.ndarray) -> tuple[float, ...]:
     return tuple((weights / weights.sum()).tolist())
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch on its way from a worker, and why which picture is missing in it.
+
+    pixels: None where they lie in the ring at `place`. The rest are arrays: each tensor would travel in a file of its own.
+    """
+
+    pixels: Pixels | None
+    place: int | None
+    labels: Int[np.ndarray, "b"]
+    valid: Bool[np.ndarray, "b"]
+    index: Int[np.ndarray, "b"]
+    problems: dict[int, str]
+
+
 @dataclass
 class _Pictures:
-    """What a data worker holds: the source, and how to prepare its pictures for a batch."""
+    """What a data worker holds: the source, how to prepare its pictures for a batch, and the ring that batches go into."""
 
     source: Source
     transform: Transform
     seed: int
+    ring: Ring | None = None
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, keys: list[Key]) -> tuple[Batch, dict[int, str]]:
-        """A batch, and why which picture is missing in it. Each picture is copied into its place as long as the
-        processor's cache holds it."""
-        pixels, problems = self.transform.room(len(keys)), {}
+    def __getitems__(self, asked: list[Any]) -> _Prepared:
+        """asked: a place of the ring, or None, and the keys of the pictures that are to go there. Each is copied into its
+        row as long as the processor's cache holds it."""
+        place, keys = asked
+        pixels, problems = self.pixels(place, len(keys)), {}
         labels, valid = np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
         for row, (epoch, index) in enumerate(keys):
             try:
                 if index >= 0:
-                    pixels[row], labels[row] = self._prepared(epoch, index)
+                    pixels[row], labels[row] = self._picture(epoch, index)
                     valid[row] = True
             except UserError as error:
                 # Left out of this batch and counted; one bad picture must not end a night's training.
                 problems[index] = str(error)
         pixels[~valid] = 0
-        batch = Batch(
-            views=(torch.from_numpy(pixels),),
-            targets=Labels(torch.from_numpy(labels)) if (labels >= 0).all() else None,
-            valid=torch.from_numpy(valid),
-            index=torch.tensor([index for _, index in keys], dtype=torch.int64),
-        )
-        return batch, problems
+        sent = torch.from_numpy(pixels) if place is None else None
+        return _Prepared(sent, place, labels, valid, np.array([index for _, index in keys]), problems)
 
-    def _prepared(self, epoch: int, index: int) -> tuple[np.ndarray, int]:
+    def pixels(self, place: int | None, rows: int) -> UInt8[np.ndarray, "b c h w"]:
+        return self.transform.room(rows, self.ring.at(place) if self.ring is not None and place is not None else None)
+
+    def batch(self, prepared: _Prepared) -> Batch:
+        """In the process that trains, of what a worker prepared."""
+        view, place = prepared.pixels, prepared.place
+        if view is None:
+            assert self.ring is not None
+            assert place is not None
+            pixels = self.pixels(place, len(prepared.labels))
+            self.ring.freed_with(pixels, place)
+            view = torch.from_numpy(pixels)
+        return Batch(
+            views=(view,),
+            targets=Labels(torch.from_numpy(prepared.labels)) if (prepared.labels >= 0).all() else None,
+            valid=torch.from_numpy(prepared.valid),
+            index=torch.from_numpy(prepared.index),
+        )
+
+    def _picture(self, epoch: int, index: int) -> tuple[np.ndarray, int]:
         sample = self.source[index]
         random = np.random.default_rng(mix("picture", self.seed, epoch, index)) if self.transform.random else None
         return self.transform(sample.picture, random, sample.name), sample.label
@@ -201,7 +236,7 @@ class PictureLoader:
         """The batches of steps `start`, `start` + 1, ... to the end of the stream."""
         keys = (self._share(step) for step in range(start, self.order.steps))
         if not self.hold:
-            yield from self._read(keys, self.workers)
+            yield from self._read(keys, self._rows, self.workers)
             return
         if self._held is None:
             self._fill()
@@ -210,16 +245,22 @@ class PictureLoader:
 
     def at(self, step: int) -> Batch:
         """The batch of one step, made again."""
-        return next(self._read(iter([self._share(step)]), workers=0))
+        return next(self._read(iter([self._share(step)]), self._rows, workers=0))
+
+    @property
+    def _rows(self) -> int:
+        return self.order.batch // ranks.count()
 
     def _share(self, step: int) -> list[Key]:
         return self.order.keys(step)[ranks.rank() :: ranks.count()]
 
-    def _read(self, keys: Iterator[list[Key]], workers: int) -> Iterator[Batch]:
+    def _read(self, keys: Iterator[list[Key]], rows: int, workers: int) -> Iterator[Batch]:
         method = self.start_method or ("fork" if sys.platform == "linux" else "spawn")
+        ring = self._ring(rows, workers) if workers and method == "fork" else None
+        pictures = _Pictures(self.source, self.transform, self.order.seed, ring)
         loader: DataLoader[Any] = DataLoader(
-            _Pictures(self.source, self.transform, self.order.seed),  # type: ignore[arg-type]
-            batch_sampler=keys,
+            pictures,  # type: ignore[arg-type]
+            batch_sampler=([ring.taken() if ring is not None else None, each] for each in keys),
             num_workers=workers,
             collate_fn=_as_it_is,
             multiprocessing_context=multiprocessing.get_context(method) if workers else None,
@@ -230,7 +271,7 @@ class PictureLoader:
         batches = _workers_started(loader) if workers else iter(loader)
         while True:
             try:
-                batch, problems = next(batches)
+                prepared = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -240,8 +281,17 @@ class PictureLoader:
                     "A data worker died (most often because the machine, or its shared memory, ran out of memory); give "
                     "a smaller --workers and continue."
                 ) from error
-            self._note(problems)
-            yield batch
+            self._note(prepared.problems)
+            yield pictures.batch(prepared)
+
+    def _ring(self, rows: int, workers: int) -> Ring | None:
+        """With places for what waits, for what has just come, and for the two batches that a training may hold. Who holds
+        more is sent the next ones in files."""
+        channels, (height, width) = self.transform.preprocess.channels, self.transform.preprocess.size
+        try:
+            return Ring(workers * self.ahead + 3, rows * channels * height * width)
+        except (OSError, ValueError, OverflowError):
+            return None
 
     def _note(self, problems: dict[int, str]) -> None:
         new = {index: problem for index, problem in problems.items() if index not in self.problems}
@@ -259,7 +309,7 @@ class PictureLoader:
         everything = Order(count, size, count, shuffle=False)
         preprocess = self.transform.preprocess
         held = torch.zeros((count, preprocess.channels, *preprocess.size), dtype=torch.uint8)
-        for batch in self._read((everything.keys(step) for step in range(everything.steps)), self.workers):
+        for batch in self._read((everything.keys(step) for step in range(everything.steps)), size, self.workers):
             held[batch.index[batch.valid]] = batch.views[0][batch.valid]
         self._held = held
 

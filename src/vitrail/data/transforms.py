@@ -101,12 +101,13 @@ class Transform:
         planes = np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
         return np.array(planes, order="K" if self.random else "C")
 
-    def room(self, rows: int) -> UInt8[np.ndarray, "rows c h w"]:
-        """For so many pictures, not filled, laid out in memory as a call gives them."""
+    def room(self, rows: int, memory: UInt8[np.ndarray, "bytes"] | None = None) -> UInt8[np.ndarray, "rows c h w"]:
+        """For so many pictures, not filled, laid out in memory as a call gives them; in memory of its own or in this."""
         channels, (height, width) = self.preprocess.channels, self.preprocess.size
+        memory = np.empty(rows * channels * height * width, np.uint8) if memory is None else memory
         if self.random:
-            return np.empty((rows, height, width, channels), np.uint8).transpose(0, 3, 1, 2)
-        return np.empty((rows, channels, height, width), np.uint8)
+            return memory.reshape(rows, height, width, channels).transpose(0, 3, 1, 2)
+        return memory.reshape(rows, channels, height, width)
 
     def _planes(self, picture: Picture, rng: np.random.Generator | None, name: str) -> UInt8[np.ndarray, "c h w"]:
         """Arrays with channels that are no colours, one grey plane at a time, all cropped alike."""
