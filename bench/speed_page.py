@@ -61,7 +61,8 @@ holds one side alone, without Python and its libraries. Peers run at their best 
 as it chooses, transformers with sdpa, both in fp32, under bf16 autocast and with bf16 weights; "openvino by-hand" is
 OpenVINO set up directly, its streams tuned.
 Training crops are compared with torchvision's and timm's pipelines as rebuilt here with Pillow, without the calls around
-each step, and with the libraries' own transforms ("itself"); timm's and ours end at uint8, to be normalised on the device.
+each step, and with the libraries' own transforms ("itself"), in one process and through a data worker; timm's and ours end
+at uint8, to be normalised on the device.
 How to install them: [bench/peers](../bench/peers/README.md).
 """
 
@@ -205,10 +206,11 @@ def lines_of(name: str, record: dict[str, Any]) -> list[tuple[str, float, dict[s
     """What is measured in words, what was asked of it, and what came out."""
     match name:
         case "speed-data":
-            pairs = record["runs"][0]["ratios"].items()
+            (found,) = record["runs"]
             return [
-                (f"crops per core-second, {what}, at least", 4 if "packed" in what else 2, ratio)
-                for what, ratio in pairs
+                (f"crops per core-second{how}, {what}, at least", 4 if "packed" in what else 2, ratio)
+                for how, ratios in (("", found["ratios"]), (" through a worker", found["through a worker"]["ratios"]))
+                for what, ratio in ratios.items()
             ]
         case "start":
             return [

@@ -1,6 +1,8 @@
 """`vitrail bench data`: that all sides do the same work, and that the numbers are what they say."""
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,9 @@ import torch
 from PIL import Image
 
 from vitrail.benchmark import pipelines
+from vitrail.benchmark.crops import BLOCK, Measured, Worker
 from vitrail.benchmark.pipelines import LIBRARIES
-from vitrail.commands.bench_data import BLOCK, Settings, drawn, run, sentences, sides, summary
+from vitrail.commands.bench_data import Settings, drawn, measure, run, sentences, summary
 from vitrail.commands.flags import parse
 from vitrail.core.errors import UserError
 from vitrail.core.types import Preprocess
@@ -39,7 +42,7 @@ def packed(folder: Path, tmp_path: Path) -> Path:
 def test_all_sides_give_the_same_pictures(folder: Path, packed: Path) -> None:
     """But for the flips: of each picture the plain one or its mirror image, to a few levels of 255."""
     source, ours = (splits.open_data(str(path), validation=0.0).train for path in (folder, packed))
-    found = sides(source, ours, np.arange(6), 40)
+    found = Measured(source, ours, 40).here()
     assert set(found) == {f"{kind} {each}" for kind in ("vitrail", "packed") for each in LIBRARIES.values()} | set(
         LIBRARIES
     )
@@ -120,7 +123,7 @@ def test_the_libraries_own_transforms_are_given_the_same_crops(folder: Path, mon
     }
     monkeypatch.setattr(pipelines.importlib, "import_module", modules.__getitem__)
     source = splits.open_data(str(folder), validation=0.0).train
-    found = sides(source, None, np.arange(6), 40, ("torchvision", "timm"))
+    found = Measured(source, None, 40, ("torchvision", "timm")).here()
     for number in range(2):
         for library in LIBRARIES:
             own, again = found[f"{library} itself"](number), found[library](number)
@@ -128,8 +131,48 @@ def test_the_libraries_own_transforms_are_given_the_same_crops(folder: Path, mon
             assert own.dtype == again.dtype
             for one, other in zip(own.float(), again.float(), strict=True):
                 assert any(torch.allclose(turned, other, atol=1e-5) for turned in (one, one.flip(-1)))
-    result = summary({name: np.full(3, 1.0 if "vitrail" in name else 2.5) for name in found})
+    result = summary({name: np.full(3, 1.0 if "vitrail" in name else 2.5) for name in found}, BLOCK)
     assert result["ratios"]["vitrail bicubic against timm itself"]["value"] == 2.5
+
+
+class Slow:
+    """A source whose pictures take this many seconds of a processor each, where they are prepared."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.utils.data.DataLoader(self, batch_size=4, num_workers=1, sampler=range(10**6)))
+
+    def __getitem__(self, place: int) -> int:
+        end = time.process_time() + self.seconds
+        while time.process_time() < end:
+            pass
+        return place
+
+
+def test_what_a_worker_uses_is_counted_for_its_side_alone() -> None:
+    seen: list[torch.Tensor] = []
+    sides = {"slow": Worker(Slow(0.01), 3, seen.append), "quick": Worker(Slow(0.002), 3)}
+    times = measure(sides, 1.0)
+    assert [batch.tolist() for batch in seen[:2]] == [[4, 5, 6, 7], [8, 9, 10, 11]]  # the first came as it started
+    assert 0.12 < np.median(times["slow"]) < 0.16
+    assert 0.024 < np.median(times["quick"]) < 0.06
+
+
+def test_through_a_worker(folder: Path, packed: Path) -> None:
+    source, ours = (splits.open_data(str(path), validation=0.0).train for path in (folder, packed))
+    found = Measured(source, ours, 40, batch=4, turn=2).through_a_worker()
+    assert set(found) == {f"{kind} {each}" for kind in ("vitrail", "packed") for each in LIBRARIES.values()} | set(
+        LIBRARIES
+    )
+    for name, side in found.items():
+        assert isinstance(side, Worker)
+        batch = next(side.batches)
+        pixels = batch if name in LIBRARIES else batch.views[0]
+        assert pixels.shape == (4, 3, 40, 40)
+        assert pixels.dtype == (torch.float32 if name == "torchvision" else torch.uint8)
+        assert len({tuple(each.flatten()[:40].tolist()) for each in pixels}) == 4
 
 
 def test_it_runs(folder: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +198,8 @@ def test_it_runs(folder: Path, packed: Path, capsys: pytest.CaptureFixture[str])
     (result,) = record["runs"]
     assert str(folder.parent) not in json.dumps(record)
     assert (result["pictures"], result["unreadable"]) == (6, 1)
-    assert result["batches"] >= 2
+    assert result["turns"] >= 2
+    assert set(result["through a worker"]["ratios"]) == set(result["ratios"])
     assert set(result["ratios"]) == {"vitrail bilinear against torchvision", "vitrail bicubic against timm"}
     for ratio in result["ratios"].values():
         assert ratio["low"] <= ratio["value"] <= ratio["high"]
@@ -185,8 +229,8 @@ def test_summary() -> None:
     rng = np.random.default_rng(0)
     times = {"torchvision": rng.uniform(1.8, 2.2, 50), "timm": rng.uniform(2.7, 3.3, 50)}
     times |= {"vitrail bilinear": rng.uniform(0.9, 1.1, 50), "vitrail bicubic": rng.uniform(0.9, 1.1, 50)}
-    result = summary(times)
-    assert result["batches"] == 50
+    result = summary(times, BLOCK)
+    assert result["turns"] == 50
     assert result["rates"]["vitrail bilinear"] == pytest.approx(BLOCK, rel=0.05)
     for name, wanted in (("vitrail bilinear against torchvision", 2), ("vitrail bicubic against timm", 3)):
         ratio = result["ratios"][name]
@@ -200,7 +244,7 @@ def test_summary() -> None:
 
 
 def test_what_is_said_of_training() -> None:
-    result = {"size": 224, "batches": 3, "rates": {}, "ratios": {}, "unreadable": 0}
+    result = {"size": 224, "turns": 3, "rates": {}, "ratios": {}, "unreadable": 0}
     result["machine_use"] = {"idle": True, "others_share": 0.0, "load_before": 0.0}
     found = {"model": "ViT-S/16", "workers": 8, "step": 2000.0, "input": 500.0}
     found |= {"device": "cuda", "waits": 0.75, "bound": True}

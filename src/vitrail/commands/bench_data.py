@@ -1,8 +1,9 @@
 """`vitrail bench data`: how many training pictures a core prepares, beside the pipelines of torchvision's and timm's users.
 
-Unusual: all sides take the same crops of the same pictures in turns, block by block, and are timed by the processor time
-they use, so that other programs disturb the ratios little. Theirs are their own steps, done with Pillow and torch
-(benchmark/pipelines.py), and with --against their own transforms too:
+Unusual: all sides take the same crops of the same pictures in turns, and are timed by the processor time that they use, so
+that other programs disturb the ratios little; once in this process, and once through a data worker, as trainings have it
+(benchmark/crops.py). Theirs are their own steps, done with Pillow and torch (benchmark/pipelines.py), and with --against
+their own transforms too:
 
 - torchvision: open, RGB, crop and resize (bilinear, its RandomResizedCrop's default), flip, ToTensor, Normalize, and a
   float batch by default_collate.
@@ -12,6 +13,7 @@ Ours ends, with the filter of the side it is compared with, at a uint8 batch, fl
 """
 
 import gc
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +23,6 @@ from typing import Any
 import numpy as np
 
 from vitrail.core.device import Precision
-
-BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -74,33 +74,43 @@ def run(settings: Settings) -> int:
     """Measures pictures per core-second of these pipelines and prints them with their ratios; returns the exit code."""
     from importlib.metadata import version
 
-    from vitrail.benchmark import record
+    from vitrail.benchmark import crops, record
     from vitrail.benchmark.machine import Others, pinned
     from vitrail.benchmark.peers import wanted
     from vitrail.benchmark.pipelines import LIBRARIES
     from vitrail.core.errors import UserError
+    from vitrail.data.sources import subset
     from vitrail.data.splits import open_data
+    from vitrail.weights import zoo
 
     if min(settings.size, settings.pictures, settings.batch) < 1 or settings.seconds <= 0:
         raise UserError("--size, --pictures, --batch and --seconds must be above 0.")
     if settings.workers is not None and settings.workers < 0:
         raise UserError(f"--workers is {settings.workers}: give 0 for none, or more.")
+    if settings.model:
+        zoo.config(settings.model)  # which says so now, and not after the crops were measured, where it knows none
     against = wanted(settings.against, tuple(LIBRARIES))
     source = open_data(settings.data, validation=0.0).train
     packed = open_data(settings.packed, validation=0.0).train if settings.packed else None
     chosen, unreadable = readable(source, packed, settings)
     if not len(chosen):
         raise UserError(f"--data {settings.data}: none of the {unreadable} pictures tried can be read.")
+    kept = (subset(source, chosen), None if packed is None else subset(packed, chosen))
+    measured = crops.Measured(*kept, settings.size, against, settings.batch)
     with pinned(settings.threads) as threads:
         others = Others()
         with pinned(1):  # as in a data worker
-            times = measure(sides(source, packed, chosen, settings.size, against), settings.seconds)
+            times = measure(measured.here(), settings.seconds)
+            forks = sys.platform == "linux"
+            sent = measure(measured.through_a_worker(), settings.seconds) if forks else None
         result: dict[str, Any] = {
             **{"data": record.called(settings.data), "size": settings.size, "threads": threads},
             **{"pictures": len(chosen), "unreadable": unreadable},
             **({"libraries": {library: version(library) for library in against}} if against else {}),
-            **summary(times),
+            **summary(times, crops.BLOCK),
         }
+        if sent is not None:
+            result["through a worker"] = summary(sent, measured.turn * settings.batch)
         if settings.model:
             result["training"] = training(source, settings, "vitrail bilinear", result["rates"])
             if packed is not None:
@@ -145,68 +155,15 @@ def readable(source: Any, packed: Any, settings: Settings) -> tuple[np.ndarray, 
     return np.array(kept, np.int64), len(chosen) - len(kept)
 
 
-def sides(
-    source: Any, packed: Any, chosen: np.ndarray, size: int, against: tuple[str, ...] = ()
-) -> dict[str, Callable[[int], Any]]:
-    """What is measured: each makes the batch of a number, of BLOCK pictures, each batch of other pictures and crops.
-
-    against: of LIBRARIES, those that are measured themselves too.
-    """
-    import torch
-
-    from vitrail.benchmark import pipelines
-    from vitrail.benchmark.pipelines import DEVIATION, LIBRARIES, MEAN
-    from vitrail.core.types import Preprocess
-    from vitrail.data.augment import flip
-    from vitrail.data.transforms import Transform
-
-    def ours(origin: Any, interpolation: Any) -> Callable[[int], Any]:
-        transform = Transform(Preprocess((size, size), None, interpolation, MEAN, DEVIATION), "inception")
-
-        def batch(number: int) -> Any:
-            pixels = transform.room(BLOCK)
-            for row, (place, at) in enumerate(places(number)):
-                sample = origin[at]
-                pixels[row] = transform(sample.picture, np.random.default_rng(place), sample.name)
-            return flip(torch.from_numpy(pixels), np.random.default_rng(number))
-
-        return batch
-
-    def places(number: int) -> list[tuple[int, int]]:
-        return [(place, int(chosen[place % len(chosen)])) for place in range(number * BLOCK, (number + 1) * BLOCK)]
-
-    def theirs(library: str, own: bool) -> Callable[[int], Any]:
-        transform = Transform(Preprocess((size, size), None, "bilinear", MEAN, DEVIATION), "inception")
-        if own:
-            prepare, together = pipelines.itself(library, size)
-
-        def batch(number: int) -> Any:
-            prepared = []
-            for place, at in places(number):
-                image, rng = pipelines.loaded(source[at].picture), np.random.default_rng(place)
-                box = transform._inception_crop((image.height, image.width), rng)
-                if own:
-                    prepared.append(prepare(image, box))
-                else:
-                    prepared.append(pipelines.rebuilt(library, image, box, size, flipped=rng.random() < 0.5))
-            return together(prepared) if own else pipelines.together(library, prepared)
-
-        return batch
-
-    found: dict[str, Callable[[int], Any]] = {library: theirs(library, own=False) for library in LIBRARIES}
-    found |= {f"{library} itself": theirs(library, own=True) for library in against}
-    for interpolation in LIBRARIES.values():
-        found[f"vitrail {interpolation}"] = ours(source, interpolation)
-        if packed is not None:
-            found[f"packed {interpolation}"] = ours(packed, interpolation)
-    return found
-
-
 def measure(found: dict[str, Callable[[int], Any]], seconds: float) -> dict[str, np.ndarray]:
-    """Processor seconds of this process for each batch of each side, in turns; the order turns round every time."""
+    """Processor seconds for each turn of each side, its data worker's among them; the order turns round every time."""
+    from vitrail.benchmark.crops import Worker
+
+    times: dict[str, list[float]] = {name: [] for name in found}
     for side in found.values():
         side(0)  # what is imported on first use is not measured
-    times: dict[str, list[float]] = {name: [] for name in found}
+    workers = {name: side for name, side in found.items() if isinstance(side, Worker)}
+    used = {name: worker.rested() for name, worker in workers.items()}
     gc.freeze()  # as a data worker does
     try:
         names, number, end = list(found), 0, time.monotonic() + seconds
@@ -214,17 +171,21 @@ def measure(found: dict[str, Callable[[int], Any]], seconds: float) -> dict[str,
             for name in names:
                 begun = time.process_time()
                 found[name](number)
-                times[name].append(max(time.process_time() - begun, 1e-9))
+                taken = time.process_time() - begun
+                if name in workers:
+                    before, used[name] = used[name], workers[name].rested()
+                    taken += used[name] - before
+                times[name].append(max(taken, 1e-9))
             names, number = names[::-1], number + 1
     finally:
         gc.unfreeze()
     return {name: np.array(taken) for name, taken in times.items()}
 
 
-def summary(times: dict[str, np.ndarray]) -> dict[str, Any]:
-    """rates: pictures per core-second of each side, from medians. ratios: how many times faster ours is than each library
-    with the same filter, from the whole times, with a 95 % interval by bootstrap over the batches, of which every side
-    saw the same."""
+def summary(times: dict[str, np.ndarray], pictures: int) -> dict[str, Any]:
+    """pictures: of a turn. rates: pictures per core-second of each side, from medians. ratios: how many times faster ours
+    is than each library with the same filter, from the whole times, with a 95 % interval by bootstrap over the turns, in
+    each of which every side saw the same."""
     from vitrail.benchmark.pipelines import LIBRARIES
 
     ratios = {
@@ -234,8 +195,8 @@ def summary(times: dict[str, np.ndarray]) -> dict[str, Any]:
         for name in (f"vitrail {interpolation}", f"packed {interpolation}")
         if name in times and theirs in times
     }
-    rates = {name: float(BLOCK / np.median(taken)) for name, taken in times.items()}
-    return {"batches": len(next(iter(times.values()))), "rates": rates, "ratios": ratios}
+    rates = {name: float(pictures / np.median(taken)) for name, taken in times.items()}
+    return {"turns": len(next(iter(times.values()))), "rates": rates, "ratios": ratios}
 
 
 def speedup(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
@@ -247,6 +208,7 @@ def speedup(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
 
 def drawn(times: dict[str, np.ndarray], size: int) -> dict[str, Any]:
     """All sides beside the first library, as `figures_speed.speeds` takes a run."""
+    from vitrail.benchmark.crops import BLOCK
     from vitrail.benchmark.pipelines import LIBRARIES
 
     reference = next(iter(LIBRARIES))
@@ -322,15 +284,9 @@ def loader_rate(source: Any, settings: Settings, workers: int, rate: float) -> f
 
 def sentences(result: dict[str, Any]) -> list[str]:
     """What a person is told."""
-    said = [
-        f"Inception crops to {result['size']} pixels, pictures per core-second, medians of {result['batches']} batches of "
-        f"{BLOCK}:"
-    ]
-    said += [f"  {name:18} {rate:8.1f}" for name, rate in result["rates"].items()]
-    said += [
-        f"{name}: {ratio['value']:.2f} times as fast (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})"
-        for name, ratio in result["ratios"].items()
-    ]
+    said = _crops(f"Inception crops to {result['size']} pixels", result)
+    if "through a worker" in result:
+        said += _crops("The same through a data worker, with what sending them costs", result["through a worker"])
     said += [_bound(kind, result[kind]) for kind in ("training", "training, packed") if kind in result]
     if result["unreadable"]:
         said.append(f"{result['unreadable']} pictures cannot be read and were left out.")
@@ -339,6 +295,15 @@ def sentences(result: dict[str, Any]) -> list[str]:
     if disturbed := Others.sentence(result["machine_use"]):
         said.append(disturbed)
     return said
+
+
+def _crops(what: str, found: dict[str, Any]) -> list[str]:
+    said = [f"{what}, pictures per core-second, medians of {found['turns']} turns:"]
+    said += [f"  {name:18} {rate:8.1f}" for name, rate in found["rates"].items()]
+    return said + [
+        f"{name}: {ratio['value']:.2f} times as fast (95 % interval {ratio['low']:.2f} to {ratio['high']:.2f})"
+        for name, ratio in found["ratios"].items()
+    ]
 
 
 def _bound(kind: str, found: dict[str, Any]) -> str:
