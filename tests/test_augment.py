@@ -64,6 +64,16 @@ def test_flipped_pixels_lie_as_they_lay(order: torch.memory_format) -> None:
     assert given.equal(before)  # a step that did not fit into memory is made again from the same batch
 
 
+def test_it_does_not_matter_how_pixels_lie() -> None:
+    given = batch(200)
+    lying = replace(given, views=(given.views[0].contiguous(memory_format=torch.channels_last),))
+    everything = Augmentation(flip=True, shift=2, randaugment=(3, 12.0), erasing=0.5, mixup=0.2, cutmix=1.0)
+    for seed in range(4):
+        done, again = run(everything, given, seed), run(everything, lying, seed)
+        assert done.views[0].equal(again.views[0])
+        assert again.views[0].is_contiguous()
+
+
 def test_shifts_are_uniform_and_come_in_black() -> None:
     given = batch(2000)
     out = pixels_of(run(Augmentation(shift=2), given)).round().to(torch.uint8)
