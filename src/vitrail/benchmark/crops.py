@@ -77,9 +77,9 @@ class Measured:
 
         def ours(origin: Source, interpolation: Any) -> Callable[[int], Any]:
             transform = self._transform(interpolation)
+            pixels = transform.room(BLOCK)  # again and again, as the loader's ring
 
             def batch(number: int) -> Any:
-                pixels = transform.room(BLOCK)
                 for row, (place, at) in enumerate(places(number)):
                     sample = origin[at]
                     pixels[row] = transform(sample.picture, np.random.default_rng(place), sample.name)
