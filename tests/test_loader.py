@@ -17,6 +17,7 @@ from torch import Tensor
 from vitrail.core import ranks
 from vitrail.core.errors import UserError
 from vitrail.core.types import Batch, Labels, Preprocess, Sample, Source
+from vitrail.data import loader as loader_module
 from vitrail.data import ring as ring_module
 from vitrail.data.folders import read_folder
 from vitrail.data.loader import Order, PictureLoader, balanced
@@ -170,9 +171,11 @@ def test_batches_come_out_of_the_ring(source: Source, monkeypatch: pytest.Monkey
     assert len(lent) == 30
     assert set(lent) <= set(range(11))
 
-    monkeypatch.setattr(ring_module.mmap, "mmap", none)
-    for found, wanted in zip(PictureLoader(source, transform, order, 2), expected, strict=True):
-        same(found, wanted)
+    for module, name, lacks in ((ring_module.mmap, "mmap", none), (loader_module, "memory", lambda: 4 * 11 * 3071)):
+        with monkeypatch.context() as lacking:
+            lacking.setattr(module, name, lacks)  # 3,072 bytes a batch
+            for found, wanted in zip(PictureLoader(source, transform, order, 2), expected, strict=True):
+                same(found, wanted)
     assert len(lent) == 30
 
 

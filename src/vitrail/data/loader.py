@@ -286,10 +286,14 @@ class PictureLoader:
 
     def _ring(self, rows: int, workers: int) -> Ring | None:
         """With places for what waits, for what has just come, and for the two batches that a training may hold. Who holds
-        more is sent the next ones in files."""
+        more is sent the next ones in files; so is everybody where the ring would take over a quarter of the free memory,
+        for it keeps what it once took."""
         channels, (height, width) = self.transform.preprocess.channels, self.transform.preprocess.size
+        places, size = workers * self.ahead + 3, rows * channels * height * width
+        if places * size > memory() // 4 // ranks.count():
+            return None
         try:
-            return Ring(workers * self.ahead + 3, rows * channels * height * width)
+            return Ring(places, size)
         except (OSError, ValueError, OverflowError):
             return None
 
