@@ -238,6 +238,11 @@ def test_from_a_path_closes_it(large: bool, tmp_path: Path, monkeypatch: pytest.
     path.write_bytes(b"")
     with pytest.raises(UnreadablePicture, match="empty"):
         decode(path)
+    path.write_bytes(b"no picture at all" * 10)
+    with pytest.raises(UnreadablePicture, match="no picture of a format known here") as held:
+        decode(path)
+    if before:
+        assert len(list(Path("/proc/self/fd").iterdir())) == before, held  # though the error still holds the file
     path.write_bytes(stored(Image.fromarray(RGB), "JPEG"))
     with opened(path) as file:
         assert file.crop((0.0, 0.0, 5.0, 6.0), 3, RGB.shape[:2]).shape == (6, 5, 3)  # type: ignore[union-attr]
@@ -372,6 +377,12 @@ def test_missing_and_forbidden(tmp_path: Path) -> None:
             decode(path)
     finally:
         os.seteuid(user)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="has no such device")
+def test_a_device_without_an_end_is_not_read_to_it() -> None:
+    with pytest.raises(UnreadablePicture, match="/dev/zero is no picture"):
+        decode(Path("/dev/zero"))
 
 
 def test_strange_exif_spoils_no_picture() -> None:

@@ -17,6 +17,7 @@ What is decided here, for want of a rule in the files themselves:
 import errno
 import math
 import os
+import stat
 import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -216,7 +217,8 @@ def opened(picture: Picture, name: str = "") -> Opened:
 
 def _file(path: Path) -> BufferedReader | BytesIO:
     with path.open("rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size <= WHOLE:
+        found = os.fstat(file.fileno())
+        if stat.S_ISREG(found.st_mode) and found.st_size <= WHOLE:  # a device may have no end
             return BytesIO(file.read())
     return path.open("rb")
 
