@@ -45,13 +45,16 @@ class Preprocess:
     def channels(self) -> int:
         return len(self.mean)
 
-    def normalize(self, pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Pixels 0..255 to fp32 model input, on whatever device they are on; contiguous, however the pixels lie."""
+    def normalize(self, pixels: UInt8[Tensor, "... h w"]) -> Float[Tensor, "b c h w"]:
+        """Pixels 0..255, (b, c, h, w), to fp32 model input, on whatever device they are on; contiguous, however the pixels
+        lie. Grey ones (b, 1, h, w) are repeated for each channel, and one picture (c, h, w) is a batch of one."""
         # Filled in where the pixels are: numbers copied to a GPU would make the processor wait for it at every batch.
         mean, deviation = (
             torch.cat([torch.full((1, 1, 1, 1), one, dtype=torch.float32, device=pixels.device) for one in each], 1)
             for each in (self.mean, self.deviation)
         )
+        if pixels.ndim != 4 or pixels.shape[1] != self.channels:
+            pixels = torch.broadcast_tensors(pixels, mean)[0]
         # In place: on a processor a new 10 MB a step costs three times the arithmetic, in pages that are touched first.
         images = pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         return images.div_(255).sub_(mean).div_(deviation)
