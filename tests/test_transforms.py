@@ -108,6 +108,9 @@ def test_training_pixels_lie_side_by_side(interpolation: str, side: int) -> None
         assert got.flags.writeable
         assert Transform(transform.preprocess)(given, None).strides == (side * side, side, 1)
     assert room.shape == (3, 3, side, side)
+    many = Transform(Preprocess((side, side), None, interpolation, (0.5,) * 5, (0.5,) * 5), "inception")
+    got = many(np.repeat(pixels[:, :, :1], 5, axis=2), np.random.default_rng(0))
+    assert got.strides == many.room(2).strides[1:]
     assert Transform(transform.preprocess).room(3).flags.c_contiguous
 
 
@@ -259,6 +262,13 @@ def test_normalising_is_by_channel() -> None:
     found = Preprocess(mean=(0.4, 0.5, 0.6), deviation=(0.2, 0.3, 1.0)).normalize(pixels)
     for place, (mean, deviation) in enumerate(((0.4, 0.2), (0.5, 0.3), (0.6, 1.0))):
         assert found[:, place].equal((pixels[:, place].float() / 255 - mean) / deviation)
+
+
+def test_normalising_repeats_grey_and_makes_one_picture_a_batch() -> None:
+    pixels = torch.randint(0, 256, (2, 1, 4, 5), dtype=torch.uint8)
+    assert Preprocess().normalize(pixels).equal(Preprocess().normalize(pixels.expand(2, 3, 4, 5)))
+    colour = pixels.expand(2, 3, 4, 5)
+    assert Preprocess().normalize(colour[1]).equal(Preprocess().normalize(colour)[1:])
 
 
 def test_normalising_leaves_what_it_is_given_and_puts_planes_behind_one_another() -> None:

@@ -1,9 +1,9 @@
 """`vitrail bench data`: how many training pictures a core prepares, beside the pipelines of torchvision's and timm's users.
 
-Unusual: all sides take the same crops of the same pictures in turns, and are timed by the processor time that they use, so
-that other programs disturb the ratios little; once in this process, and once through a data worker, as trainings have it
-(benchmark/crops.py). Theirs are their own steps, done with Pillow and torch (benchmark/pipelines.py), and with --against
-their own transforms too:
+Unusual: all sides take crops of the same pictures in turns, and are timed by the processor time that they use, so that other
+programs disturb the ratios little; once in this process, where the crops are the same too, and once through a data worker,
+as trainings have it (benchmark/crops.py). Theirs are their own steps, done with Pillow and torch (benchmark/pipelines.py),
+and with --against their own transforms too:
 
 - torchvision: open, RGB, crop and resize (bilinear, its RandomResizedCrop's default), flip, ToTensor, Normalize, and a
   float batch by default_collate.
@@ -49,7 +49,7 @@ class Settings:
     """How many pictures to take, at random; they are read once before the clock starts, so the disk is not measured."""
 
     batch: int = 32
-    """Pictures a training step, with --model."""
+    """Pictures in a batch of data workers and, with --model, of a training step."""
 
     workers: int | None = None
     """Processes that prepare pictures beside the training, with --model; one a core when not given."""
@@ -185,7 +185,7 @@ def measure(found: dict[str, Callable[[int], Any]], seconds: float) -> dict[str,
 def summary(times: dict[str, np.ndarray], pictures: int) -> dict[str, Any]:
     """pictures: of a turn. rates: pictures per core-second of each side, from medians. ratios: how many times faster ours
     is than each library with the same filter, from the whole times, with a 95 % interval by bootstrap over the turns, in
-    each of which every side saw the same."""
+    each of which every side had its own."""
     from vitrail.benchmark.pipelines import LIBRARIES
 
     ratios = {

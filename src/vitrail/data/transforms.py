@@ -73,7 +73,8 @@ class Transform:
         """Decodes and resamples one picture. Raises UnreadablePicture.
 
         When `random` it draws from `rng`, and a pixel's colours lie side by side in memory, as they were decoded:
-        `Preprocess.normalize` puts planes behind one another on the device. Else contiguous.
+        `Preprocess.normalize` puts planes behind one another on the device. Else, and of channels that are no colours,
+        contiguous.
         """
         channels = self.preprocess.channels
         if channels not in MODES:
@@ -105,7 +106,7 @@ class Transform:
         """For so many pictures, not filled, laid out in memory as a call gives them; in memory of its own or in this."""
         channels, (height, width) = self.preprocess.channels, self.preprocess.size
         memory = np.empty(rows * channels * height * width, np.uint8) if memory is None else memory
-        if self.random:
+        if self.random and channels in MODES:
             return memory.reshape(rows, height, width, channels).transpose(0, 3, 1, 2)
         return memory.reshape(rows, channels, height, width)
 
