@@ -216,11 +216,12 @@ def opened(picture: Picture, name: str = "") -> Opened:
 
 
 def _file(path: Path) -> BufferedReader | BytesIO:
-    with path.open("rb", buffering=0) as file:
-        found = os.fstat(file.fileno())
-        if stat.S_ISREG(found.st_mode) and found.st_size <= WHOLE:  # a device may have no end
-            return BytesIO(file.read())
-    return path.open("rb")
+    file = path.open("rb", buffering=0)
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode) or found.st_size > WHOLE:  # a device may have no end
+        return BufferedReader(file)
+    with file:
+        return BytesIO(file.read())
 
 
 def _begun(file: BufferedReader | BytesIO, name: str) -> Opened:
