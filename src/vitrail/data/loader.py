@@ -35,8 +35,6 @@ Key = tuple[int, int]
 
 FILL: Key = (0, -1)
 
-Pixels = UInt8[torch.Tensor, "b c h w"]
-
 
 @dataclass(frozen=True)
 class Order:
@@ -95,7 +93,7 @@ class _Prepared:
     pixels: None where they lie in the ring at `place`. The rest are arrays: each tensor would travel in a file of its own.
     """
 
-    pixels: Pixels | None
+    pixels: UInt8[torch.Tensor, "b c h w"] | None
     place: int | None
     labels: Int[np.ndarray, "b"]
     valid: Bool[np.ndarray, "b"]
@@ -190,6 +188,11 @@ def _workers_started(loader: "DataLoader[Any]") -> Iterator[Any]:
         signal.signal(signal.SIGCHLD, before)
 
 
+def _has_room(size: int) -> bool:
+    """Whether each process may keep so many bytes: a quarter of what is free, shared among them."""
+    return size <= memory() // 4 // ranks.count()
+
+
 @dataclass
 class PictureLoader:
     """This process's share of an `Order`, as batches of uint8 pixels.
@@ -224,7 +227,7 @@ class PictureLoader:
             )
         preprocess = self.transform.preprocess
         size = len(self.source) * preprocess.channels * preprocess.size[0] * preprocess.size[1]
-        self.hold = self.hold and not self.transform.random and size <= memory() // 4 // ranks.count()
+        self.hold = self.hold and not self.transform.random and _has_room(size)
 
     def __len__(self) -> int:
         return self.order.steps
@@ -290,7 +293,7 @@ class PictureLoader:
         for it keeps what it once took."""
         channels, (height, width) = self.transform.preprocess.channels, self.transform.preprocess.size
         places, size = workers * self.ahead + 3, rows * channels * height * width
-        if places * size > memory() // 4 // ranks.count():
+        if not _has_room(places * size):
             return None
         try:
             return Ring(places, size)
