@@ -20,10 +20,11 @@ from torch import Tensor
 from vitrail.core.types import Picture, Preprocess, Source
 from vitrail.data.decode import Box
 from vitrail.data.transforms import Transform
+from vitrail.weights.looks import IMAGENET
 
 LIBRARIES = {"torchvision": "bilinear", "timm": "bicubic"}
 """With the filter that each takes here: torchvision's default, and what timm's recipes name."""
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, DEVIATION = IMAGENET
 
 Crop = Callable[[Image.Image, Box, np.random.Generator], Any]
 """From a picture to what is collated: floats (3, size, size) of torchvision's users, uint8 of timm's."""
